@@ -1,0 +1,65 @@
+"""Read constructor arguments that may be given once, per stage or per block."""
+from typing import List, Sequence, Tuple, TypeVar, Union
+
+StageSize = Union[int, Tuple[int, int], List[int], List[Tuple[int, int]]]
+GroupSize = Union[int, Sequence[StageSize]]
+
+T = TypeVar('T')
+
+
+def per_stage(name: str, value: Union[T, Sequence[T]], stages: int) -> List[T]:
+    """Spread a scalar over the stages, or check that a sequence has one entry for each.
+
+    Raises:
+        ValueError: A sequence of another length.
+    """
+    if not isinstance(value, (list, tuple)):
+        return [value] * stages
+    if len(value) != stages:
+        raise ValueError(
+            f'`{name}` needs one entry per stage, got len(depths)={stages}, len({name})={len(value)}. '
+            'Give one number for all stages, or one per stage.')
+    return list(value)
+
+
+def resolve_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> List[List[Tuple[int, int]]]:
+    """Expand a group size to (height, width) for every block of every stage.
+
+    A stage's entry is a number, a tuple (height, width), or a list with a number or (height, width) per block. Two
+    numbers in a stage of two blocks are (height, width) in a tuple and one per block in a list.
+
+    Raises:
+        ValueError: A wrong number of entries, or a size below 1.
+    """
+    sizes = []
+    for stage, (entry, depth) in enumerate(zip(per_stage(name, value, len(depths)), depths)):
+        if not isinstance(entry, (list, tuple)):
+            blocks = [entry] * depth
+        elif len(entry) == 2 and (depth != 2 or isinstance(entry, tuple)) and _is_pair(entry):
+            blocks = [tuple(entry)] * depth
+        elif len(entry) == depth:
+            blocks = list(entry)
+        else:
+            raise ValueError(
+                f'`{name}` needs a number, a tuple (height, width) or a list with one entry per block, got {entry} '
+                f'for stage {stage} with {depth} blocks.')
+        pairs = [(b, b) if isinstance(b, int) else tuple(b) if _is_pair(b) else (0, 0) for b in blocks]
+        if min(min(pair) for pair in pairs) < 1:
+            raise ValueError(f'`{name}` needs whole numbers from 1 up, got {entry} for stage {stage}.')
+        sizes.append(pairs)
+    return sizes
+
+
+def plain_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> Union[int, List]:
+    """Rewrite a group size so that it survives JSON: numbers where groups are square, else per block."""
+    if isinstance(value, int):
+        return value
+    plain: List = []
+    for pairs in resolve_group_size(name, value, depths):
+        blocks = [pair[0] if pair[0] == pair[1] else list(pair) for pair in pairs]
+        plain.append(blocks[0] if isinstance(blocks[0], int) and blocks.count(blocks[0]) == len(blocks) else blocks)
+    return plain
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, int) for v in value)

@@ -1,0 +1,92 @@
+"""Cross-scale embedding, CEL (paper, section 3.1): parallel convolutions of several kernel sizes, one stride."""
+from typing import Callable, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import _assert, register_notrace_function
+from torch import Tensor, nn
+
+
+class CrossScaleEmbed(nn.Module):
+    """Embed a map at several scales: the stem, and the downsampling between stages.
+
+    The smallest kernel gets half of the channels, the next one a quarter, and so on; the last one gets the rest.
+    A map that the stride does not divide is continued with zeros at the bottom and right.
+    """
+
+    def __init__(
+            self,
+            in_chans: int,
+            out_chans: int,
+            kernel_sizes: Tuple[int, ...],
+            stride: int,
+            norm_layer: Optional[Callable[..., nn.Module]] = None,
+            norm_first: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            in_chans: Channels of the input.
+            out_chans: Channels of the output, over all kernels.
+            kernel_sizes: In ascending order, each at least the stride.
+            stride: Stride of every convolution.
+            norm_layer: Norm over channels, None for none.
+            norm_first: Norm of the input, before padding (between stages), instead of the output (stem).
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.in_chans = in_chans
+        self.stride = stride
+        splits = [out_chans // 2 ** (i + 1) for i in range(len(kernel_sizes) - 1)]
+        splits.append(out_chans - sum(splits))
+        self.norm_first = norm_first
+        self.convs = nn.ModuleList([
+            nn.Conv2d(in_chans, chans, kernel, stride=stride, padding=(kernel - stride) // 2, **dd)
+            for kernel, chans in zip(kernel_sizes, splits)
+        ])
+        norm_dim = in_chans if norm_first else out_chans
+        self.norm = norm_layer(norm_dim, **dd) if norm_layer is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed x [B, C, H, W] as [B, out_chans, ceil(H / stride), ceil(W / stride)], a view of NHWC memory."""
+        check_map(x, self.in_chans)
+        if self.norm_first:
+            x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = pad_to_multiple(x, self.stride)
+        # Channels last on the way in and out: large kernels run several times faster on the CPU that way, and the
+        # blocks that follow want the channels of a token side by side.
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = torch.cat([conv(x) for conv in self.convs], dim=1).contiguous(memory_format=torch.channels_last)
+        if not self.norm_first:
+            x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x
+
+
+@register_notrace_function  # sizes decide
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Continue x [B, C, H, W] with zeros at the bottom and right until `multiple` divides both sides."""
+    pad_h, pad_w = -x.shape[2] % multiple, -x.shape[3] % multiple
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        if pad_h == 0 and pad_w == 0:
+            return x
+    return F.pad(x, [0, pad_w, 0, pad_h])
+
+
+@register_notrace_function
+def check_map(x: Tensor, in_chans: int) -> None:
+    """Raise AssertionError unless x is a non-empty [B, in_chans, H, W] tensor of floating point numbers."""
+    _assert(x.ndim == 4, f'The input needs 4 dimensions [B, C, H, W], got {x.ndim}. Add a batch dimension to one image.')
+    _assert(
+        x.shape[1] == in_chans,
+        f'The input needs {in_chans} channels in dimension 1, got {x.shape[1]}. '
+        'Pass [B, C, H, W], or create the model with `in_chans`.',
+    )
+    _assert(
+        x.shape[2] > 0 and x.shape[3] > 0,
+        f'The input needs at least 1 x 1 pixels, got {x.shape[2]} x {x.shape[3]}.',
+    )
+    _assert(
+        x.is_floating_point(),
+        'The input needs a floating point dtype. Scale integer images to [0, 1] and normalise them first.',
+    )

@@ -1,0 +1,148 @@
+"""Dynamic position bias, DPB (paper, section 3.3): attention bias from relative offsets through a small MLP."""
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+_CACHE_SIZES = 8  # group sizes remembered per module; a fixed image size needs one or two
+
+
+class DynamicPosBias(nn.Module):
+    """Map relative offsets, in tokens of the group, to one attention bias per head.
+
+    In evaluation the table is kept between calls for as long as the parameters hold the values it was computed from,
+    so that it never needs to be reset.
+    """
+
+    __jit_ignored_attributes__ = ['_cache']
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim: Width of the MLP.
+            num_heads: Outputs of the MLP; 1 is one bias for all heads.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.legacy_size: Optional[Tuple[int, int]] = None  # group size of vit-pytorch's lookup, see `_offsets`
+        self.mlp = nn.Sequential(
+            nn.Linear(2, dim, **dd),
+            nn.LayerNorm(dim, **dd), nn.ReLU(), nn.Linear(dim, dim, **dd),
+            nn.LayerNorm(dim, **dd), nn.ReLU(), nn.Linear(dim, dim, **dd),
+            nn.LayerNorm(dim, **dd), nn.ReLU(), nn.Linear(dim, num_heads, **dd),
+        )
+        self._cache: Any = None  # (fingerprint, {group size: table}), replaced as a whole
+
+    def __getstate__(self) -> Dict[str, Any]:
+        """Leave the cache out of copies and pickles."""
+        return dict(self.__dict__, _cache=None)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """Compute the bias of every offset inside a group of height x width tokens.
+
+        Returns:
+            Table [heads, 2 * height - 1, 2 * width - 1]; entry (height - 1 + dy, width - 1 + dx) is the bias of a
+            query dy rows below and dx columns right of its key.
+        """
+        if torch.jit.is_scripting():
+            return self._table(height, width)
+        return self._eager_table(height, width)
+
+    def _offsets(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Return what the MLP sees of each offset, [2 * height - 1, 2 * width - 1, 2]."""
+        dy = torch.arange(1 - height, height, device=device)[:, None].expand(-1, 2 * width - 1)
+        dx = torch.arange(1 - width, width, device=device)[None, :].expand(2 * height - 1, -1)
+        size = self.legacy_size
+        if size is not None:
+            # vit-pytorch tabulates offsets -w..w, rows of 2w + 1, but indexes as if rows had 2w - 1 entries.
+            # Weights trained that way need the same slip.
+            entry = (dy + size[0] - 1) * (2 * size[1] - 1) + dx + size[1] - 1
+            row_length = 2 * size[1] + 1
+            dy = torch.div(entry, row_length, rounding_mode='floor') - size[0]
+            dx = entry - (dy + size[0]) * row_length - size[1]
+        return torch.stack([dy, dx], dim=-1)
+
+    def _table(self, height: int, width: int) -> Tensor:
+        weight = self.mlp[0].weight
+        offsets = self._offsets(height, width, weight.device).to(weight.dtype)
+        return self.mlp(offsets).permute(2, 0, 1)
+
+    @torch.jit.unused
+    def _eager_table(self, height: int, width: int) -> Tensor:
+        """Look the table up in the cache, or compute it where a cache would be seen or could not be trusted."""
+        if self.training or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return self._exact_table(height, width)
+        params = list(self.mlp.parameters())
+        if torch.is_grad_enabled() and any(p.requires_grad for p in params):
+            return self._exact_table(height, width)
+        fingerprint = _fingerprint(params)
+        if fingerprint is None:
+            return self._exact_table(height, width)
+        cache = self._cache
+        if cache is None or len(cache[1]) >= _CACHE_SIZES or not _same(cache[0], fingerprint):
+            cache = (fingerprint, {})
+            self._cache = cache
+        key = (height, width, self.legacy_size)
+        table = cache[1].get(key)
+        if table is None:
+            with torch.inference_mode(False), torch.no_grad():  # a later call that records gradients may use it
+                table = self._exact_table(height, width)
+            cache[1][key] = table
+        return table
+
+    @torch.jit.unused
+    def _exact_table(self, height: int, width: int) -> Tensor:
+        """Compute the table in the precision of the parameters: the same under autocast, in training and after."""
+        device_type = self.mlp[0].weight.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return self._table(height, width)
+        with torch.autocast(device_type, enabled=False):
+            return self._table(height, width)
+
+
+def _fingerprint(params) -> Any:
+    """Identify the values of the parameters; None if they cannot be told apart without cost or risk.
+
+    On the CPU the values themselves, a few thousand numbers: no way of changing them goes unseen, not even `.data`.
+    Reading values from another device would stall it, so there the addresses and version counters stand for them.
+    """
+    if any(type(p) is not nn.Parameter or p.is_meta for p in params):  # functional_call, fake tensors, sharded weights
+        return None
+    if all(p.device.type == 'cpu' for p in params):
+        return torch.cat([p.detach().flatten() for p in params])
+    if any(p.is_inference() for p in params):  # these have no version counter
+        return None
+    return [(p.data_ptr(), p._version, p.dtype, p.device) for p in params]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def expand_bias(table: Tensor, height: int, width: int, first_row: int, last_row: int) -> Tensor:
+    """Spread a table of offsets over pairs of tokens.
+
+    Args:
+        table: Biases [heads, 2 * TH - 1, 2 * TW - 1] for groups of at least height x width tokens.
+        height: Rows of the group.
+        width: Columns of the group.
+        first_row: First row of queries wanted.
+        last_row: Row after the last row of queries wanted.
+
+    Returns:
+        Biases [heads, queries, height * width] of queries in rows first_row..last_row - 1 to all keys of the group.
+    """
+    heads = table.shape[0]
+    top, left = (table.shape[1] + 1) // 2 - height, (table.shape[2] + 1) // 2 - width
+    # Row r of queries meets key row k at table row r - k + height - 1: a window over the table, read backwards.
+    table = table[:, top + first_row:top + last_row + height - 1, left:left + 2 * width - 1]
+    windows = table.unfold(1, height, 1).unfold(2, width, 1)  # heads, query rows, query cols, key rows, key cols
+    return windows.flip(3, 4).reshape(heads, (last_row - first_row) * width, height * width)

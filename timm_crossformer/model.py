@@ -1,0 +1,485 @@
+"""CrossFormer and CrossFormer++ as one configurable network.
+
+Papers: CrossFormer (ICLR 2022, arXiv 2108.00154), CrossFormer++ (TPAMI 2023, arXiv 2303.06908).
+Differences from the official code are listed in the README.
+"""
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    Mlp,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+    to_2tuple,
+    trunc_normal_,
+)
+from torch import Tensor, nn
+
+from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
+from .config import GroupSize, per_stage, plain_group_size, resolve_group_size
+from .layers import LDA_GROUPINGS, AmplitudeCooling, CrossScaleEmbed, GroupAttention
+
+
+class CrossFormerBlock(nn.Module):
+    """Attention inside groups and an MLP, each with a residual; in ++ some blocks end with amplitude cooling."""
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            head_dim: Optional[int] = None,
+            pos_bias: str = 'paper',
+            cooling: bool = False,
+            mlp_ratio: float = 4.,
+            qkv_bias: bool = True,
+            proj_drop: float = 0.,
+            attn_drop: float = 0.,
+            drop_path: float = 0.,
+            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+            act_layer: Callable[..., nn.Module] = nn.GELU,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim: Channels of a token.
+            cooling: End the block with an amplitude cooling layer.
+            drop_path: Rate of stochastic depth for both residuals.
+            (others): See `GroupAttention` and `CrossFormer`.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = GroupAttention(
+            dim,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            pos_bias=pos_bias,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **dd,
+        )
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.cooling = AmplitudeCooling(dim, norm_layer, **dd) if cooling else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens [B, H, W, C]."""
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return self.cooling(x)
+
+
+class CrossFormerStage(nn.Module):
+    """Downsampling (but in the first stage) and blocks that alternate between SDA and LDA."""
+
+    def __init__(
+            self,
+            in_dim: int,
+            dim: int,
+            depth: int,
+            downsample: bool,
+            cooling: bool,
+            stage_norm: bool,
+            drop_path: List[float],
+            norm_layer: Callable[..., nn.Module],
+            device=None,
+            dtype=None,
+            **block_args: Any,
+    ):
+        """
+        Args:
+            in_dim: Channels of the input.
+            dim: Channels of the output.
+            depth: Blocks.
+            downsample: Start with cross-scale embedding of stride 2.
+            cooling: Amplitude cooling in every third block but the last of the stage.
+            stage_norm: LayerNorm before the downsampling.
+            drop_path: Rate of stochastic depth of every block.
+            block_args: Passed to every block.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.grad_checkpointing = False
+        self.downsample = CrossScaleEmbed(
+            in_dim,
+            dim,
+            kernel_sizes=(2, 4),
+            stride=2,
+            norm_layer=norm_layer if stage_norm else None,
+            norm_first=True,
+            **dd,
+        ) if downsample else nn.Identity()
+        self.blocks = nn.Sequential(*[
+            CrossFormerBlock(
+                dim,
+                cooling=cooling and (i + 1) % 3 == 0 and i < depth - 1,
+                drop_path=drop_path[i],
+                norm_layer=norm_layer,
+                **block_args,
+                **dd,
+            )
+            for i in range(depth)
+        ])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map [B, C, H, W]; between blocks it is a view with channels last."""
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class CrossFormer(nn.Module):
+    """CrossFormer, CrossFormer++ and vit-pytorch's CrossFormer, for images of any size.
+
+    Whatever leaves the model is NCHW. The result for an image depends on that image and the weights alone.
+    """
+
+    # timm keeps constructor arguments here for export; see the setter.
+    __jit_unused_properties__ = ['_model_args']
+    __jit_ignored_attributes__ = ['_recorded_args']
+
+    def __init__(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            embed_dim: Union[int, Sequence[int]] = 96,
+            depths: Sequence[int] = (2, 2, 6, 2),
+            num_heads: Union[int, Sequence[int]] = (3, 6, 12, 24),
+            head_dim: Optional[int] = None,
+            group_size: GroupSize = 7,
+            lda_group_size: Optional[GroupSize] = None,
+            interval: Union[int, Sequence[int]] = (8, 4, 2, 1),
+            lda_grouping: str = 'map',
+            fit_groups: bool = False,
+            cooling: bool = False,
+            pos_bias: str = 'paper',
+            stage_norm: bool = True,
+            mlp_ratio: Union[float, Sequence[float]] = 4.,
+            qkv_bias: bool = True,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            attn_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            norm_layer: Union[str, Callable[..., nn.Module]] = nn.LayerNorm,
+            act_layer: Union[str, Callable[..., nn.Module]] = nn.GELU,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            img_size: Image size the model is meant for. A hint to others only: every size works.
+            in_chans: Channels of the image.
+            num_classes: Outputs of the classifier, 0 for none.
+            global_pool: Pooling before the classifier: 'avg', 'max', 'avgmax', 'catavgmax' or '' for none.
+            embed_dim: Channels of the first stage, doubled in each further one; or of every stage.
+            depths: Blocks per stage. A block is one attention and one MLP.
+            num_heads: Heads per stage.
+            head_dim: Channels per head; None: channels / heads.
+            group_size: Tokens per side of a group, G: one number, or per stage a number, a tuple (height, width), or
+                a list with one G per block (progressive group size of CrossFormer++).
+            lda_group_size: G of long-distance attention where it differs from `group_size`.
+            interval: Distance of neighbours in a long-distance group, I, per stage. `grid` chooses its own.
+            lda_grouping: What long-distance attention groups in maps that G * I does not cover: 'map' spreads I * I
+                groups over the whole map, 'region' spreads them over squares of G * I tokens, 'grid' spreads G
+                tokens per axis over the map.
+            fit_groups: Choose groups that divide the map where a divisor lies between G / 2 and 2 G. Faster at
+                sizes other than 224; not what the published weights were trained with.
+            cooling: Amplitude cooling layers (CrossFormer++).
+            pos_bias: 'paper': an MLP of width channels / 16, one bias per head. 'lucidrains': width channels / 4,
+                one bias for all heads, looked up as vit-pytorch does.
+            stage_norm: LayerNorm after the stem, before every downsampling and before the head.
+            mlp_ratio: Width of the MLP over channels, per stage if a sequence.
+            qkv_bias: Bias of the query, key and value projection.
+            drop_rate: Dropout before the classifier.
+            proj_drop_rate: Dropout after the attention's projection and in the MLP.
+            attn_drop_rate: Dropout of attention weights.
+            drop_path_rate: Stochastic depth, linear from 0 in the first block to this rate in the last.
+            norm_layer: Norm over the last dimension, class or timm name.
+            act_layer: Activation of the MLP, class or timm name.
+            device: Where to create parameters.
+            dtype: Of the parameters.
+
+        Raises:
+            ValueError: An argument has the wrong length, or a value out of range.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        depths = tuple(depths)
+        stages = len(depths)
+        if stages == 0 or min(depths) < 1:
+            raise ValueError(f'`depths` needs at least one block per stage, got {depths}.')
+        if isinstance(embed_dim, int):
+            embed_dim = [embed_dim * 2 ** i for i in range(stages)]
+        dims = per_stage('embed_dim', embed_dim, stages)
+        heads = per_stage('num_heads', num_heads, stages)
+        for i, (dim, head) in enumerate(zip(dims, heads)):
+            if head < 1 or (head_dim is None and dim % head):
+                raise ValueError(
+                    f'`num_heads` must divide the channels of each stage, got {head} heads for {dim} channels in '
+                    f'stage {i}. Change `num_heads` or `embed_dim`, or set `head_dim`.')
+            if dim < 16:
+                raise ValueError(f'`embed_dim` needs at least 16 channels per stage, got {dim} in stage {i}.')
+        if pos_bias not in ('paper', 'lucidrains'):
+            raise ValueError(f"`pos_bias` is 'paper' or 'lucidrains', got {pos_bias!r}.")
+        mlp_ratios = per_stage('mlp_ratio', mlp_ratio, stages)
+        norm_layer = get_norm_layer(norm_layer)
+        act_layer = get_act_layer(act_layer)
+        if img_size is not None and min(to_2tuple(img_size)) < 1:
+            raise ValueError(f'`img_size` needs at least 1 pixel per side, got {img_size}.')
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.depths = depths
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2 ** i, module=f'stages.{i}') for i, dim in enumerate(dims)
+        ]
+
+        self.stem = CrossScaleEmbed(
+            in_chans,
+            dims[0],
+            kernel_sizes=(4, 8, 16, 32),
+            stride=4,
+            norm_layer=norm_layer if stage_norm else None,
+            **dd,
+        )
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages = nn.Sequential(*[
+            CrossFormerStage(
+                dims[max(i - 1, 0)],
+                dims[i],
+                depth=depths[i],
+                downsample=i > 0,
+                cooling=cooling,
+                stage_norm=stage_norm,
+                drop_path=drop_paths[i],
+                num_heads=heads[i],
+                head_dim=head_dim,
+                pos_bias=pos_bias,
+                mlp_ratio=mlp_ratios[i],
+                qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                **dd,
+            )
+            for i in range(stages)
+        ])
+        self._set_groups(group_size, lda_group_size, interval, lda_grouping, fit_groups)
+        self.norm = norm_layer(self.num_features, **dd) if stage_norm else nn.Identity()
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.apply(_init_weights)
+
+    def _set_groups(
+            self,
+            group_size: GroupSize,
+            lda_group_size: Optional[GroupSize],
+            interval: Union[int, Sequence[int]],
+            lda_grouping: str,
+            fit_groups: bool,
+    ) -> None:
+        """Check and choose the groups of every block: SDA in even ones, LDA in odd ones."""
+        if lda_grouping not in LDA_GROUPINGS:
+            raise ValueError(f'`lda_grouping` is one of {", ".join(LDA_GROUPINGS)}, got {lda_grouping!r}.')
+        intervals = per_stage('interval', interval, len(self.depths))
+        if min(intervals) < 1:
+            raise ValueError(f'`interval` needs at least 1 in each stage, got {intervals}.')
+        sda_sizes = resolve_group_size('group_size', group_size, self.depths)
+        lda_sizes = sda_sizes
+        if lda_group_size is not None:
+            lda_sizes = resolve_group_size('lda_group_size', lda_group_size, self.depths)
+        for i, stage in enumerate(self.stages):
+            for j, block in enumerate(stage.blocks):
+                size, grouping = (lda_sizes[i][j], lda_grouping) if j % 2 else (sda_sizes[i][j], 'sda')
+                block.attn.set_groups(size, intervals[i], grouping, fit_groups)
+        self.group_size = group_size
+        self.lda_group_size = lda_group_size
+        self.interval = interval
+        self.lda_grouping = lda_grouping
+        self.fit_groups = fit_groups
+
+    @property
+    def _model_args(self) -> Dict[str, Any]:
+        return self.__dict__.get('_recorded_args', {})
+
+    @_model_args.setter
+    def _model_args(self, args: Dict[str, Any]) -> None:
+        # JSON turns a tuple (height, width) into a list, which would read as one group size per block.
+        for name in ('group_size', 'lda_group_size'):
+            if args.get(name) is not None:
+                args = dict(args, **{name: plain_group_size(name, args[name], self.depths)})
+        self.__dict__['_recorded_args'] = args
+
+    @torch.jit.ignore
+    def set_input_size(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            group_size: Optional[GroupSize] = None,
+            lda_group_size: Optional[GroupSize] = None,
+            interval: Optional[Union[int, Sequence[int]]] = None,
+            lda_grouping: Optional[str] = None,
+            fit_groups: Optional[bool] = None,
+    ) -> None:
+        """Choose groups anew, and record them with the image size they are meant for. None keeps what is set.
+
+        Every image size works without this: position biases come from an MLP, so nothing depends on the size.
+
+        Args:
+            img_size: Image size the model is meant for, a hint to others.
+            (others): As in the constructor.
+        """
+        self._set_groups(
+            self.group_size if group_size is None else group_size,
+            self.lda_group_size if lda_group_size is None else lda_group_size,
+            self.interval if interval is None else interval,
+            self.lda_grouping if lda_grouping is None else lda_grouping,
+            self.fit_groups if fit_groups is None else fit_groups,
+        )
+        update_model_input_size(
+            self,
+            img_size,
+            group_size=group_size,
+            lda_group_size=lda_group_size,
+            interval=interval,
+            lda_grouping=lda_grouping,
+            fit_groups=fit_groups,
+        )
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Do nothing: there are no buffers."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Name no parameter: as in the official recipe, all but biases and norms decay, position MLPs included."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Group parameters by depth, for layer-wise learning rates."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass, for less memory."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier; 0 classes remove it, global_pool '' leaves the map."""
+        self.num_classes = num_classes
+        dd = get_device_dtype(self)
+        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **dd)
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Return the maps at the ends of stages.
+
+        Args:
+            x: Image [B, C, H, W].
+            indices: Stages to return: the last n if an integer, all if None.
+            norm: Apply the final norm to the last stage's map.
+            stop_early: Skip the stages after the last one wanted.
+            output_fmt: 'NCHW' or 'NHWC'.
+            intermediates_only: Return the maps alone.
+
+        Returns:
+            The final features, in NCHW, and a list of maps; or the list.
+        """
+        if output_fmt not in ('NCHW', 'NHWC'):
+            raise ValueError(f"`output_fmt` is 'NCHW' or 'NHWC', got '{output_fmt}'.")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.depths) - 1
+        intermediates: List[Tensor] = []
+
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
+            if not stop_early or i <= max_index:
+                x = stage(x)
+                if i in take_indices:
+                    out = self._normalize(x) if norm and i == last else x
+                    intermediates.append(out if output_fmt == 'NCHW' else out.permute(0, 2, 3, 1))
+        if intermediates_only:
+            return intermediates
+        if len(self.stages) - 1 == last and (not stop_early or max_index == last):
+            x = self._normalize(x)
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove the stages after the last one wanted, and what depends on them; return the indices kept."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        self.stages = self.stages[:max_index + 1]
+        if prune_end:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        """Apply the final norm to a map [B, C, H, W]."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last map, normed: [B, C, ceil(H / 32), ceil(W / 32)] from an image [B, in_chans, H, W]."""
+        return self._normalize(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool a map [B, C, H, W] and classify it; `pre_logits` leaves the classifier out."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images [B, in_chans, H, W] of any size: logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Initialise as the official code does; convolutions keep PyTorch's default."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
