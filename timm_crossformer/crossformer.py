@@ -7,6 +7,7 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from .convert import convert_state_dict
 from .model import CrossFormer
 
 __all__ = ['CrossFormer']
@@ -62,6 +63,7 @@ def _create_crossformer(variant: str, pretrained: bool = False, **kwargs: Any) -
         CrossFormer,
         variant,
         pretrained,
+        pretrained_filter_fn=convert_state_dict,
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
         **kwargs,
     )

@@ -3,7 +3,7 @@
 Papers: CrossFormer (ICLR 2022, arXiv 2108.00154), CrossFormer++ (TPAMI 2023, arXiv 2303.06908).
 Differences from the official code are listed in the README.
 """
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.layers import (
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
 from .config import GroupSize, per_stage, plain_group_size, resolve_group_size
+from .convert import check_head, convert_state_dict, is_foreign
 from .layers import LDA_GROUPINGS, AmplitudeCooling, CrossScaleEmbed, GroupAttention
 
 
@@ -359,6 +360,23 @@ class CrossFormer(nn.Module):
             lda_grouping=lda_grouping,
             fit_groups=fit_groups,
         )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights of any origin: official, vit-pytorch, birder or own, plain or inside a training checkpoint.
+
+        Args:
+            state_dict: Own state dicts are loaded as they are, others through `convert_state_dict`.
+            strict: Require a source for every weight; False is needed for a backbone without norm and classifier.
+            assign: As in PyTorch.
+
+        Raises:
+            ValueError: The checkpoint does not fit.
+        """
+        if is_foreign(state_dict):
+            state_dict = convert_state_dict(state_dict, self, partial=not strict)
+        if strict:
+            check_head(state_dict, self)
+        return super().load_state_dict(state_dict, strict, assign)
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:

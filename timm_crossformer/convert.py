@@ -1,0 +1,591 @@
+"""Read CrossFormer checkpoints of every origin, safely, and bring their keys into the form of `CrossFormer`.
+
+The only file that knows foreign key names. Everything that loads weights passes through `convert_state_dict`: the
+model's own `load_state_dict`, timm's `pretrained=True` and the command line.
+"""
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+__all__ = ['Checkpoint', 'CheckpointError', 'convert_state_dict', 'parse_state_dict', 'read_checkpoint']
+
+_SHOWN = 100  # keys an error lists before it only counts
+_MAX_KEYS = 100_000  # of a checkpoint; the largest CrossFormer in a detector with optimizer has a few thousand
+_MAX_PICKLE = 64 * 2 ** 20  # bytes of a .pth's structure, without its tensors; real ones have less than one MiB
+
+# Where containers keep weights, the preferred first: as in timm, an exponential moving average wins.
+CONTAINER_KEYS = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema', 'state_dict', 'model', 'state', 'module')
+
+
+class CheckpointError(ValueError, RuntimeError):
+    """A checkpoint that cannot be used as it is. A RuntimeError too, since that is what `load_state_dict` raises."""
+
+
+class _InertConfig:
+    """Stands in for yacs' config node, which official checkpoints hold, so that no foreign code is imported or run."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return OrderedDict()
+
+
+_InertConfig.__module__, _InertConfig.__qualname__ = 'yacs.config', 'CfgNode'
+torch.serialization.add_safe_globals([_InertConfig])
+
+
+# Rules: pattern of a key without its last part (weight, bias, ...), what it becomes; None drops the key.
+Rule = Tuple[str, Union[str, Callable[[re.Match], str], None]]
+
+_POS_PROJ = {'pos_proj': 0, 'pos1.0': 1, 'pos1.2': 3, 'pos2.0': 4, 'pos2.2': 6, 'pos3.0': 7, 'pos3.2': 9}
+_POSITION_TABLES = r'attn\.(?:biases|relative_position_index)|attn_mask'
+
+
+def _previous_stage(match: re.Match) -> str:
+    """Official downsampling ends a stage, ours begins the next one."""
+    part = {'reductions': 'convs'}.get(match[2], match[2])
+    return f'stages.{int(match[1]) + 1}.downsample.{part}{match[3] or ""}'
+
+
+def _from_one(match: re.Match) -> str:
+    """Birder counts stages from one."""
+    return f'stages.{int(match[1]) - 1}.{match[2].replace("reductions", "convs")}'
+
+
+def _pair(match: re.Match) -> str:
+    """vit-pytorch's layer is short attention, MLP, long attention, MLP: two blocks."""
+    stage, layer, part, name = match[1], int(match[2]), int(match[3]), match[4]
+    if part % 2 == 0:
+        names = {'norm': 'norm1', 'to_qkv': 'attn.qkv', 'to_out': 'attn.proj'}
+        name = names.get(name) or name.replace('dpb', 'attn.pos_bias.mlp')
+    else:
+        name = {'0': 'norm2', '1': 'mlp.fc1', '4': 'mlp.fc2'}[name]
+    return f'stages.{stage}.blocks.{2 * layer + part // 2}.{name}'
+
+
+_BLOCK_PARTS = r'norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2'
+_RULES: Dict[str, List[Rule]] = {
+    'native': [],  # names stay; the model knows which it has
+    'official': [
+        (r'patch_embed\.projs\.(\d+)', r'stem.convs.\1'),
+        (r'patch_embed\.norm', r'stem.norm'),
+        (r'layers\.(\d+)\.downsample\.(reductions|norm)(\.\d+)?', _previous_stage),
+        (rf'layers\.(\d+\.blocks\.\d+\.(?:{_BLOCK_PARTS}))', r'stages.\1'),
+        (
+            rf'layers\.(\d+\.blocks\.\d+)\.attn\.pos\.({"|".join(map(re.escape, _POS_PROJ))})',
+            lambda m: f'stages.{m[1]}.attn.pos_bias.mlp.{_POS_PROJ[m[2]]}',
+        ),
+        (r'layers\.(\d+\.blocks\.\d+)\.ex_conv', r'stages.\1.cooling.conv'),
+        (r'layers\.(\d+\.blocks\.\d+)\.ex_ln', r'stages.\1.cooling.norm'),
+        (rf'layers\.\d+\.blocks\.\d+\.(?:{_POSITION_TABLES})', None),
+        (r'norm', r'norm'),
+        (r'head', r'head.fc'),
+    ],
+    'birder': [
+        (r'patch_embed\.projs\.(\d+)', r'stem.convs.\1'),
+        (r'patch_embed\.norm', r'stem.norm'),
+        (r'body\.stage([1-9]\d*)\.(downsample\.(?:norm|reductions\.\d+))', _from_one),
+        (r'body\.stage([1-9]\d*)\.(blocks\.\d+\.(?:norm1|norm2|attn\.qkv|attn\.proj))', _from_one),
+        (r'body\.stage([1-9]\d*)\.(blocks\.\d+)\.mlp\.0', lambda m: f'{_from_one(m)}.mlp.fc1'),
+        (r'body\.stage([1-9]\d*)\.(blocks\.\d+)\.mlp\.3', lambda m: f'{_from_one(m)}.mlp.fc2'),
+        (
+            r'body\.stage([1-9]\d*)\.(blocks\.\d+)\.attn\.pos\.pos\.(\d+)',
+            lambda m: f'{_from_one(m)}.attn.pos_bias.mlp.{m[3]}',
+        ),
+        (rf'body\.stage[1-9]\d*\.blocks\.\d+\.(?:{_POSITION_TABLES})', None),
+        (r'features\.0', r'norm'),
+        (r'classifier', r'head.fc'),
+    ],
+    'vit-pytorch': [
+        (r'layers\.0\.0\.convs\.(\d+)', r'stem.convs.\1'),
+        (r'layers\.([1-9]\d*)\.0\.convs\.(\d+)', r'stages.\1.downsample.convs.\2'),
+        (r'layers\.(\d+)\.1\.layers\.(\d+)\.([02])\.(norm|to_qkv|to_out|dpb\.\d+)', _pair),
+        (r'layers\.(\d+)\.1\.layers\.(\d+)\.([13])\.([014])', _pair),
+        (r'layers\.\d+\.1\.layers\.\d+\.[02]\.rel_pos_indices', None),
+        (r'to_logits\.1', r'head.fc'),
+    ],
+}
+_LAST_PARTS = {'weight': 'weight', 'bias': 'bias', 'g': 'weight', 'b': 'bias'}
+_ANCHORS = {  # one key of each origin that nothing else has
+    'native': 'stem.convs.0.weight',
+    'official': 'layers.0.blocks.0.norm1.weight',
+    'birder': 'body.stage1.blocks.0.norm1.weight',
+    'vit-pytorch': 'layers.0.0.convs.0.weight',
+}
+
+
+@dataclass
+class Checkpoint:
+    """Weights in the form of `CrossFormer`, and what was found out about them.
+
+    Attributes:
+        state_dict: Tensors by our names; dtype and values are those of the source.
+        origin: 'native', 'official', 'birder' or 'vit-pytorch'.
+        source_keys: Name in the source by our name.
+        prefix: What stood before every source key, as 'module.' or 'backbone.'.
+        left_out: Source keys that belong to other parts of a detector or segmenter.
+        container: Key of the weights inside the file, '' if the file is a plain state dict.
+        group_size: G as birder's position tables show it, (height, width); None elsewhere.
+    """
+
+    state_dict: 'OrderedDict[str, Tensor]'
+    origin: str
+    source_keys: Dict[str, str] = field(default_factory=dict)
+    prefix: str = ''
+    left_out: List[str] = field(default_factory=list)
+    container: str = ''
+    group_size: Optional[Tuple[int, int]] = None
+
+    @property
+    def dense(self) -> bool:
+        """True for a backbone of a detector or segmenter: no final norm, no classifier."""
+        return 'head.fc.weight' not in self.state_dict and (
+            'norm.weight' not in self.state_dict and 'stem.norm.weight' in self.state_dict)
+
+    def arguments(self) -> Dict[str, Any]:
+        """Infer constructor arguments from shapes. See `infer_arguments`."""
+        return infer_arguments(self.state_dict)
+
+    def variant(self) -> Tuple[str, Dict[str, Any]]:
+        """Choose the variant that fits, and the arguments in which this checkpoint differs from it.
+
+        What shapes cannot show has a default by origin. Official: the variant's groups; a dense ++ checkpoint G = 7
+        and I = 8, 4, 2, 1, as all released dense configurations have. birder: its position tables, else G = 7 (224
+        pixels). vit-pytorch: its default windows (7; 8, 4, 2, 1) and heads of 32 channels.
+        """
+        args = self.arguments()
+        num_classes, in_chans = args.pop('num_classes'), args.pop('in_chans')
+        fitting = [name for name, known in _variants().items() if known == args]
+        if fitting:
+            name, differing = fitting[0], {}
+        else:
+            name = 'crossformer_pp_small' if args['cooling'] else 'crossformer_small'
+            name = 'crossformer_lucidrains' if args['pos_bias'] == 'lucidrains' else name
+            differing = {key: value for key, value in args.items() if value != _variants()[name][key]}
+        if num_classes != 1000:
+            differing['num_classes'] = num_classes
+        if in_chans != 3:
+            differing['in_chans'] = in_chans
+        if self.origin == 'official' and self.dense and args['cooling']:
+            differing.update(group_size=7, interval=(8, 4, 2, 1))
+        if self.group_size is not None and self.group_size != (7, 7):
+            height, width = self.group_size
+            differing['group_size'] = height if height == width else (self.group_size,) * len(args['depths'])
+        return name, differing
+
+
+def infer_arguments(state_dict: Mapping[str, Tensor]) -> Dict[str, Any]:
+    """Infer constructor arguments from the shapes of a state dict with our names.
+
+    Raises:
+        CheckpointError: A tensor is missing from which an argument would be read, or has the wrong number of
+            dimensions.
+    """
+    def shape(key: str, ndim: int = 2) -> Sequence[int]:
+        tensor = state_dict.get(key)
+        if tensor is None or tensor.ndim != ndim:
+            got = 'is missing' if tensor is None else f'has shape {tuple(tensor.shape)}'
+            raise CheckpointError(
+                f'The checkpoint needs `{key}` with {ndim} dimensions, but it {got}. It is incomplete: fetch it again.')
+        return tensor.shape
+
+    depths: List[int] = []
+    for key in state_dict:
+        match = re.match(r'stages\.(\d{1,2})\.blocks\.(\d{1,3})\.', key)
+        if match:
+            stage, block = int(match[1]), int(match[2])
+            depths.extend([0] * (stage + 1 - len(depths)))
+            depths[stage] = max(depths[stage], block + 1)
+    dims, heads, head_dims, ratios = [], [], [], []
+    pos_bias = 'paper'
+    for stage in range(len(depths)):
+        block = f'stages.{stage}.blocks.0'
+        dim = shape(f'{block}.norm1.weight', 1)[0]
+        inner = shape(f'{block}.attn.qkv.weight')[0] // 3
+        bias_heads, bias_dim = shape(f'{block}.attn.pos_bias.mlp.9.weight')
+        if bias_heads == 1 and bias_dim == dim // 4:
+            pos_bias, bias_heads = 'lucidrains', max(inner // 32, 1)
+        dims.append(dim)
+        heads.append(bias_heads)
+        head_dims.append(inner // max(bias_heads, 1))
+        ratios.append(shape(f'{block}.mlp.fc1.weight')[0] / max(dim, 1))
+    if not dims:
+        raise CheckpointError('The checkpoint has no blocks. Use a checkpoint of a CrossFormer.')
+    own_head_dims = [dim // max(head, 1) for dim, head in zip(dims, heads)]
+    if head_dims != own_head_dims and len(set(head_dims)) > 1:
+        raise CheckpointError(f'All stages need heads of one size, got {head_dims} channels. Check the checkpoint.')
+    return dict(
+        in_chans=shape('stem.convs.0.weight', 4)[1],
+        num_classes=state_dict['head.fc.weight'].shape[0] if 'head.fc.weight' in state_dict else 0,
+        embed_dim=tuple(dims),
+        depths=tuple(depths),
+        num_heads=tuple(heads),
+        head_dim=None if head_dims == own_head_dims else head_dims[0],
+        cooling=any('.cooling.' in key for key in state_dict),
+        pos_bias=pos_bias,
+        stage_norm='stem.norm.weight' in state_dict,
+        mlp_ratio=ratios[0] if len(set(ratios)) == 1 else tuple(ratios),
+        qkv_bias='stages.0.blocks.0.attn.qkv.bias' in state_dict,
+    )
+
+
+@lru_cache(maxsize=1)
+def _variants() -> Dict[str, Dict[str, Any]]:
+    """Return the arguments of every registered variant, read from its shapes as those of a checkpoint are."""
+    import timm
+
+    known = {}
+    for name in timm.list_models(module='crossformer'):
+        with torch.device('meta'):
+            args = infer_arguments(timm.create_model(name).state_dict())
+        del args['num_classes'], args['in_chans']
+        known[name] = args
+    return known
+
+
+def parse_state_dict(checkpoint: Mapping[str, Any], container: Optional[str] = None) -> Checkpoint:
+    """Find the CrossFormer in a checkpoint and give its tensors our names.
+
+    Args:
+        checkpoint: A state dict, or a training checkpoint that contains one.
+        container: Key of the state dict in the checkpoint. None: the first of `CONTAINER_KEYS` it has.
+
+    Raises:
+        CheckpointError: No CrossFormer, more than one, a key without a place, or a tensor that cannot be a weight.
+    """
+    state_dict, container = _open_container(checkpoint, container)
+    found = _find(state_dict)
+    if not found:
+        raise CheckpointError(
+            f'This is no checkpoint of a CrossFormer: its {len(state_dict)} keys are {_listed(state_dict)}. '
+            'Official, vit-pytorch, birder and timm_crossformer checkpoints with their stem can be read.')
+    if len(found) > 1:
+        prefixes = ', '.join(repr(prefix) for _, prefix in found)
+        raise CheckpointError(
+            f'A checkpoint needs to hold one CrossFormer, got one under each of the prefixes {prefixes}. '
+            'Pass only the keys with the prefix you want.')
+    origin, prefix = found[0]
+    result = Checkpoint(OrderedDict(), origin, prefix=prefix, container=container)
+    rules = [(re.compile(pattern), target) for pattern, target in _RULES[origin]]
+    # Other parts may stand beside a `backbone.`; beside anything else, they are keys without a place.
+    in_detector = prefix.endswith('backbone.')
+    rest, twice = [], []
+    for key, tensor in state_dict.items():
+        if not key.startswith(prefix):
+            (result.left_out if in_detector else rest).append(key)
+            continue
+        target = _rename(key[len(prefix):], rules) if rules else key[len(prefix):]
+        if target is None:
+            rest.append(key)
+        elif target == '':  # recomputed from the group size
+            if key.endswith('.attn.biases') and origin == 'birder' and result.group_size is None:
+                result.group_size = _group_size_of_table(key, tensor)
+        elif target in result.state_dict:
+            twice.append(f'{result.source_keys[target]} and {key}')
+        else:
+            result.state_dict[target] = _plain(key, tensor)
+            result.source_keys[target] = key
+    if twice:
+        raise CheckpointError(f'A weight needs one source, got two: {_listed(twice)}. Remove one of each.')
+    if rest:
+        raise _no_place('', result, rest)
+    return result
+
+
+def convert_state_dict(
+        checkpoint: Mapping[str, Any],
+        model: nn.Module,
+        partial: bool = False,
+) -> 'OrderedDict[str, Tensor]':
+    """Bring a checkpoint of any origin into the form of a model; timm calls this with what it has read.
+
+    Every key of the source lands in the model, once and in the right shape, but for the classifier and the stem,
+    which timm adapts to another number of classes or channels. The norm and classifier may be missing together, as
+    in the backbone of a detector, or the classifier alone.
+
+    Args:
+        checkpoint: A state dict or training checkpoint: official, vit-pytorch, birder or our own.
+        model: The `CrossFormer` to be loaded.
+        partial: Let any weights be missing from the source.
+
+    Returns:
+        A state dict with the model's names.
+
+    Raises:
+        CheckpointError: Source keys have no place, weights of the model have no source, shapes differ.
+    """
+    try:
+        parsed = parse_state_dict(checkpoint)
+        _check_fit(parsed, model, partial)
+    except TypeError as e:  # timm would call again with one argument, and hide the cause
+        raise CheckpointError(f'The checkpoint cannot be read: {e}. Pass a state dict of tensors.') from e
+    cfg = getattr(model, 'pretrained_cfg', None)
+    head = parsed.state_dict.get('head.fc.weight')
+    if cfg and head is not None and head.shape[0] == getattr(model, 'num_classes', 0):
+        cfg['num_classes'] = head.shape[0]  # else timm would discard a classifier that fits
+    return parsed.state_dict
+
+
+def is_foreign(state_dict: Mapping[str, Any]) -> bool:
+    """Tell a checkpoint that needs converting from a state dict of a `CrossFormer`, without cost."""
+    if not isinstance(state_dict, Mapping) or _ANCHORS['native'] in state_dict:
+        return False
+    return any(isinstance(state_dict.get(key), Mapping) for key in CONTAINER_KEYS) or bool(_find(state_dict))
+
+
+def check_head(state_dict: Mapping[str, Any], model: nn.Module) -> None:
+    """Explain a norm or classifier that a strict load would only call missing.
+
+    Raises:
+        CheckpointError: The model has them, the state dict does not.
+    """
+    missing = [key for key in ('norm.weight', 'head.fc.weight')
+               if key not in state_dict and key in model.state_dict(keep_vars=True)]
+    if missing and _ANCHORS['native'] in state_dict:
+        what = 'no final norm and no classifier, as a detection or segmentation backbone' if len(missing) == 2 else (
+            'no classifier' if missing[0].startswith('head') else 'no final norm')
+        raise CheckpointError(
+            f'{_name(model)} needs {", ".join(missing)} for a strict load; the checkpoint has {what}. Load it with '
+            '`strict=False`, or create the model with `features_only=True`, or with another `num_classes`.')
+
+
+def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
+    """Read a checkpoint file without running anything in it.
+
+    Args:
+        path: A safetensors file, or a file of `torch.save`, whatever its suffix.
+
+    Raises:
+        CheckpointError: The file is damaged, holds more than data, or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f'A checkpoint needs to be a file, got {path}. Check the path.')
+    size = path.stat().st_size
+    try:
+        if path.suffix == '.safetensors':
+            checkpoint = load_file(path)
+        else:
+            archive = zipfile.is_zipfile(path)
+            if archive:
+                _check_archive(path, size)
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=archive)
+    except SafetensorError as e:
+        raise CheckpointError(f'{path} is no intact safetensors file: {e}. Fetch it again.') from e
+    except CheckpointError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as e:  # unpickling damaged bytes can fail in any way
+        raise CheckpointError(_refusal(path, e)) from e
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(
+            f'A checkpoint needs to be a dict of tensors, {path} holds a {type(checkpoint).__name__}. '
+            'Save the state dict, not the model.')
+    if len(checkpoint) > _MAX_KEYS:
+        raise CheckpointError(f'A checkpoint has at most {_MAX_KEYS} keys, {path} has {len(checkpoint)}.')
+    claimed = sum(t.numel() * t.element_size() for t in _open_container(checkpoint, None)[0].values()
+                  if isinstance(t, Tensor))
+    if claimed > size:
+        raise CheckpointError(
+            f'The tensors of a file cannot be larger than the file, {path} has {size} bytes and claims {claimed}. '
+            'Save contiguous tensors, without sharing.')
+    return checkpoint
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Refuse archives that unpack to more than they are, and those with a damaged record."""
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        if any(info.compress_type != zipfile.ZIP_STORED for info in infos) or sum(i.file_size for i in infos) > size:
+            raise CheckpointError(
+                f'A checkpoint of torch.save is not compressed, {path} is. Fetch it again from its origin.')
+        if any(info.filename.endswith('data.pkl') and info.file_size > _MAX_PICKLE for info in infos):
+            raise CheckpointError(f'The structure of a checkpoint has at most {_MAX_PICKLE} bytes, {path} has more.')
+        damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f'{path} is damaged: record {damaged} fails its checksum. Fetch it again.')
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # damaged or legacy format
+        foreign = []
+    if not foreign:
+        found = re.search(r'GLOBAL (\S+)', str(error))
+        foreign = [found[1]] if found else []
+    if foreign:
+        return (
+            f'{path} was refused: a checkpoint may hold tensors and plain data only, and this one asks to import '
+            f'{_listed(foreign)}. Nothing in it was run. Get a safetensors file, or one with the state dict alone.')
+    return f'{path} is no intact checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}. ' \
+        'Fetch it again.'
+
+
+def _open_container(checkpoint: Mapping[str, Any], container: Optional[str]) -> Tuple[Mapping[str, Any], str]:
+    """Return the state dict inside a training checkpoint, and the key it was found under."""
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(
+            f'A checkpoint needs to be a dict of tensors, got {type(checkpoint).__name__}. Pass a state dict.')
+    path: List[str] = []
+    if container is not None:
+        inner = checkpoint.get(container)
+        if not isinstance(inner, Mapping):
+            keys = [key for key, value in checkpoint.items() if isinstance(value, Mapping)]
+            raise CheckpointError(
+                f'The checkpoint has no state dict under {container!r}. It has dicts under {_listed(keys)}.')
+        checkpoint, path = inner, [container]
+    while len(path) < 3:
+        key = next((key for key in CONTAINER_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
+        if key is None:
+            break
+        checkpoint = checkpoint[key]
+        path.append(key)
+    odd = [repr(key) for key in checkpoint if not isinstance(key, str)]
+    if odd:
+        raise CheckpointError(f'Keys of a state dict are strings, got {_listed(odd)}. Pass a state dict.')
+    return checkpoint, '.'.join(path)
+
+
+def _find(state_dict: Mapping[str, Any]) -> List[Tuple[str, str]]:
+    """Return origin and prefix of every CrossFormer in a state dict."""
+    found = []
+    for origin, anchor in _ANCHORS.items():
+        for key in state_dict:
+            if isinstance(key, str) and key.endswith(anchor) and (len(key) == len(anchor) or key[-len(anchor) - 1] == '.'):
+                found.append((origin, key[:-len(anchor)]))
+    return found
+
+
+def _rename(key: str, rules: Iterable[Tuple[re.Pattern, Any]]) -> Optional[str]:
+    """Return our name of a key, '' if it is to be dropped, None if no rule knows it."""
+    stem, _, last = key.rpartition('.')
+    for pattern, target in rules:
+        match = pattern.fullmatch(key if target is None else stem)
+        if match:
+            if target is None:
+                return ''
+            if last not in _LAST_PARTS:
+                return None
+            return f'{target(match) if callable(target) else match.expand(target)}.{_LAST_PARTS[last]}'
+    return None
+
+
+def _plain(key: str, tensor: Any) -> Tensor:
+    """Check that a value can be a weight; take vit-pytorch's singleton dimensions off."""
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f'`{key}` needs to be a tensor, got {type(tensor).__name__}. Check the checkpoint.')
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_quantized:
+        raise CheckpointError(
+            f'`{key}` needs a floating point dtype, got {tensor.dtype}. Convert the checkpoint to fp32, fp16 or bf16.')
+    if key.endswith(('.g', '.b')) and tensor.ndim == 4:
+        return tensor.flatten() if tensor.numel() == tensor.shape[1] else tensor
+    pointwise = re.search(r'\.(?:to_qkv|to_out|layers\.\d+\.[13]\.[14])\.weight$', key)
+    return tensor.flatten(1) if pointwise and tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+
+
+def _group_size_of_table(key: str, table: Any) -> Tuple[int, int]:
+    """Read the group size from the offsets birder tabulates: 1 - G .. G - 1 per axis."""
+    if not isinstance(table, Tensor) or table.ndim != 2 or table.shape[1] != 2 or table.shape[0] < 1:
+        raise CheckpointError(f'`{key}` needs to be a table of offsets [N, 2]. Fetch the checkpoint again.')
+    height, width = (int(n) + 1 for n in table.amax(dim=0))
+    if height < 1 or width < 1 or (2 * height - 1) * (2 * width - 1) != table.shape[0]:
+        raise CheckpointError(f'`{key}` needs all offsets of a group, got {tuple(table.shape)}. Fetch it again.')
+    return height, width
+
+
+def _check_fit(parsed: Checkpoint, model: nn.Module, partial: bool) -> None:
+    """Check names, shapes and values against a model."""
+    expected = {key: tensor.shape for key, tensor in model.state_dict(keep_vars=True).items()}
+    source = parsed.state_dict
+    rest = [parsed.source_keys[key] for key in source if key not in expected and not key.startswith('head.fc.')]
+    if rest:
+        raise _no_place(_name(model), parsed, rest)
+    differing = [
+        f'{parsed.source_keys[key]} {tuple(tensor.shape)} for {tuple(expected[key])}' for key, tensor in source.items()
+        if key in expected and tensor.shape != expected[key] and not _adaptable(key, tensor.shape, expected[key])
+    ]
+    if differing:
+        raise CheckpointError(
+            f'{_name(model)}: {len(differing)} weights have another shape: {_listed(differing)}.{_hint(parsed, model)}')
+    missing = [key for key in expected if key not in source]
+    head = {key for key in missing if key.startswith('head.fc.')}
+    norm = {key for key in missing if key.startswith('norm.')}
+    tail = {key for key in expected if key.startswith(('norm.', 'head.fc.'))}
+    whole_head = head == {key for key in tail if key.startswith('head.fc.')}
+    allowed = (head | norm) == tail or (whole_head and not norm)
+    lost = [key for key in missing if key not in head | norm or not allowed]
+    if lost and not partial:
+        raise CheckpointError(
+            f'{_name(model)}: the checkpoint lacks {len(lost)} weights: {_listed(lost)}. '
+            f'It is incomplete, or of another variant.{_hint(parsed, model)}')
+    infinite = [parsed.source_keys[key] for key, tensor in source.items()
+                if not tensor.is_meta and not torch.isfinite(tensor).all()]
+    if infinite:
+        raise CheckpointError(
+            f'Weights need finite values, {len(infinite)} have NaN or infinity: {_listed(infinite)}. '
+            'The training diverged or the file is damaged: use another checkpoint.')
+    _check_groups(parsed, model)
+
+
+def _adaptable(key: str, shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Tell differences that timm adapts: the number of classes, and of image channels."""
+    if key.startswith('head.fc.'):
+        return len(shape) == len(expected) and list(shape[1:]) == list(expected[1:])
+    if re.fullmatch(r'stem\.convs\.\d+\.weight', key):
+        return len(shape) == 4 and [shape[0], *shape[2:]] == [expected[0], *expected[2:]]
+    return False
+
+
+def _check_groups(parsed: Checkpoint, model: nn.Module) -> None:
+    """Warn if birder's weights meet other groups than theirs, which no shape of a weight would show."""
+    attn = getattr(getattr(getattr(model, 'stages', [None])[0], 'blocks', [None])[0], 'attn', None)
+    if parsed.group_size is not None and attn is not None and tuple(attn.group_size) != parsed.group_size:
+        height, width = parsed.group_size
+        size = height if height == width else [parsed.group_size] * len(model.depths)  # type: ignore[arg-type]
+        warnings.warn(
+            f'The checkpoint was trained with groups of {height} x {width}, {_name(model)} has '
+            f'{attn.group_size[0]} x {attn.group_size[1]}. Create the model with `group_size={size}` to get its outputs.',
+            stacklevel=3)
+
+
+def _no_place(name: str, parsed: Checkpoint, rest: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f'{name or "CrossFormer"}: {len(rest)} checkpoint keys have no place: {_listed(rest)}.{_hint(parsed, None, name)}')
+
+
+def _hint(parsed: Checkpoint, model: Optional[nn.Module], name: str = '') -> str:
+    """Name the variant a checkpoint fits."""
+    name = name or (_name(model) if model is not None else '')
+    cooled = any('.cooling.' in key for key in parsed.state_dict)
+    try:
+        args = parsed.arguments()
+    except CheckpointError:
+        return ' Fetch the checkpoint again, or use one of another origin.'
+    fitting = [variant for variant, known in _variants().items() if all(known[k] == v for k, v in args.items() if k in known)]
+    if fitting and name not in fitting:
+        acl = 'They hold amplitude cooling layers (ACL)' if cooled and '_pp_' not in name else 'They fit another variant'
+        return f' {acl}: try {" or ".join(fitting)}.'
+    if not fitting:
+        return (f' No variant fits: embed_dim={args["embed_dim"]}, depths={args["depths"]}, '
+                f'num_heads={args["num_heads"]}. Create the model with these arguments.')
+    return ' The rest of the checkpoint fits: remove these keys, or fetch the checkpoint again.'
+
+
+def _name(model: nn.Module) -> str:
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+
+
+def _listed(keys: Iterable[str]) -> str:
+    ordered = sorted(map(str, keys))
+    more = f' and {len(ordered) - _SHOWN} more' if len(ordered) > _SHOWN else ''
+    return ', '.join(key[:200] for key in ordered[:_SHOWN]) + more
