@@ -497,7 +497,7 @@ class CrossFormer(nn.Module):
 
 def _init_weights(module: nn.Module) -> None:
     """Initialise as the official code does; convolutions keep PyTorch's default."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and not module.weight.is_meta:
         trunc_normal_(module.weight, std=.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
