@@ -7,6 +7,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -134,6 +135,8 @@ class Checkpoint:
         left_out: Source keys that belong to other parts of a detector or segmenter.
         container: Key of the weights inside the file, '' if the file is a plain state dict.
         group_size: G as birder's position tables show it, (height, width); None elsewhere.
+        pretrained_cfg: What the file says about its input, as entries of timm's pretrained cfg (birder).
+        label_names: Names of the classes, if the file has them (birder).
     """
 
     state_dict: 'OrderedDict[str, Tensor]'
@@ -143,6 +146,8 @@ class Checkpoint:
     left_out: List[str] = field(default_factory=list)
     container: str = ''
     group_size: Optional[Tuple[int, int]] = None
+    pretrained_cfg: Dict[str, Any] = field(default_factory=dict)
+    label_names: Optional[List[str]] = None
 
     @property
     def dense(self) -> bool:
@@ -219,7 +224,7 @@ def infer_arguments(state_dict: Mapping[str, Tensor]) -> Dict[str, Any]:
         ratios.append(shape(f'{block}.mlp.fc1.weight')[0] / max(dim, 1))
     if not dims:
         raise CheckpointError('The checkpoint has no blocks. Use a checkpoint of a CrossFormer.')
-    own_head_dims = [dim // max(head, 1) for dim, head in zip(dims, heads)]
+    own_head_dims = [dim // max(head, 1) for dim, head in zip(dims, heads, strict=True)]
     if head_dims != own_head_dims and len(set(head_dims)) > 1:
         raise CheckpointError(f'All stages need heads of one size, got {head_dims} channels. Check the checkpoint.')
     return dict(
@@ -239,14 +244,18 @@ def infer_arguments(state_dict: Mapping[str, Tensor]) -> Dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _variants() -> Dict[str, Dict[str, Any]]:
-    """Return the arguments of every registered variant, read from its shapes as those of a checkpoint are."""
-    import timm
+    """Return the arguments of every variant, in the form `infer_arguments` gives those of a checkpoint."""
+    from .crossformer import VARIANTS
 
     known = {}
-    for name in timm.list_models(module='crossformer'):
-        with torch.device('meta'):
-            args = infer_arguments(timm.create_model(name).state_dict())
-        del args['num_classes'], args['in_chans']
+    for name, given in VARIANTS.items():
+        args = dict(
+            head_dim=None, cooling=False, pos_bias='paper', stage_norm=True, mlp_ratio=4., qkv_bias=True, **{
+                key: value for key, value in given.items() if key in ('embed_dim', 'depths', 'num_heads')
+            })
+        args.update({key: value for key, value in given.items() if key in args})
+        if isinstance(args['embed_dim'], int):
+            args['embed_dim'] = tuple(args['embed_dim'] * 2 ** i for i in range(len(args['depths'])))
         known[name] = args
     return known
 
@@ -274,6 +283,8 @@ def parse_state_dict(checkpoint: Mapping[str, Any], container: Optional[str] = N
             'Pass only the keys with the prefix you want.')
     origin, prefix = found[0]
     result = Checkpoint(OrderedDict(), origin, prefix=prefix, container=container)
+    if origin == 'birder':
+        result.pretrained_cfg, result.label_names = _birder_facts(checkpoint)
     rules = [(re.compile(pattern), target) for pattern, target in _RULES[origin]]
     # Other parts may stand beside a `backbone.`; beside anything else, they are keys without a place.
     in_detector = prefix.endswith('backbone.')
@@ -324,13 +335,17 @@ def convert_state_dict(
     """
     try:
         parsed = parse_state_dict(checkpoint)
-        _check_fit(parsed, model, partial)
+        check_fit(parsed, model, partial=partial)
+        check_values(parsed)
+        _check_groups(parsed, model)
     except TypeError as e:  # timm would call again with one argument, and hide the cause
         raise CheckpointError(f'The checkpoint cannot be read: {e}. Pass a state dict of tensors.') from e
     cfg = getattr(model, 'pretrained_cfg', None)
     head = parsed.state_dict.get('head.fc.weight')
     if cfg and head is not None and head.shape[0] == getattr(model, 'num_classes', 0):
         cfg['num_classes'] = head.shape[0]  # else timm would discard a classifier that fits
+    if cfg:
+        cfg.update(parsed.pretrained_cfg)
     return parsed.state_dict
 
 
@@ -461,7 +476,7 @@ def _find(state_dict: Mapping[str, Any]) -> List[Tuple[str, str]]:
     found = []
     for origin, anchor in _ANCHORS.items():
         for key in state_dict:
-            if isinstance(key, str) and key.endswith(anchor) and (len(key) == len(anchor) or key[-len(anchor) - 1] == '.'):
+            if isinstance(key, str) and f'.{key}'.endswith(f'.{anchor}'):
                 found.append((origin, key[:-len(anchor)]))
     return found
 
@@ -503,8 +518,34 @@ def _group_size_of_table(key: str, table: Any) -> Tuple[int, int]:
     return height, width
 
 
-def _check_fit(parsed: Checkpoint, model: nn.Module, partial: bool) -> None:
-    """Check names, shapes and values against a model."""
+def _birder_facts(checkpoint: Mapping[str, Any]) -> Tuple[Dict[str, Any], Optional[List[str]]]:
+    """Read input size, mean, std and class names from birder's container, as far as they are there and whole."""
+    cfg: Dict[str, Any] = {}
+    stats, signature, classes = (checkpoint.get(key) for key in ('rgb_stats', 'signature', 'class_to_idx'))
+    for key in ('mean', 'std'):
+        values = stats.get(key) if isinstance(stats, Mapping) else None
+        if isinstance(values, (list, tuple)) and values and all(isinstance(v, (int, float)) for v in values):
+            cfg[key] = tuple(float(v) for v in values)
+    with suppress(KeyError, IndexError, TypeError, ValueError):
+        channels, height, width = signature['inputs'][0]['data_shape'][1:4]  # type: ignore[index]
+        cfg['input_size'] = (int(channels), int(height), int(width))
+    if cfg:
+        cfg.update(crop_pct=1.0, crop_mode='squash')  # birder resizes both sides
+    if not isinstance(classes, Mapping) or sorted(classes.values(), key=str) != sorted(range(len(classes)), key=str):
+        return cfg, None
+    return cfg, [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])]
+
+
+def check_fit(parsed: Checkpoint, model: nn.Module, complete: bool = False, partial: bool = False) -> None:
+    """Check names and shapes against a model.
+
+    Args:
+        complete: Let nothing be missing.
+        partial: Let anything be missing. Without either, the norm and classifier, or the classifier, may be.
+
+    Raises:
+        CheckpointError: They differ.
+    """
     expected = {key: tensor.shape for key, tensor in model.state_dict(keep_vars=True).items()}
     source = parsed.state_dict
     rest = [parsed.source_keys[key] for key in source if key not in expected and not key.startswith('head.fc.')]
@@ -516,25 +557,32 @@ def _check_fit(parsed: Checkpoint, model: nn.Module, partial: bool) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f'{_name(model)}: {len(differing)} weights have another shape: {_listed(differing)}.{_hint(parsed, model)}')
+            f'{_name(model)}: {len(differing)} weights have another shape: {_listed(differing)}.{_hint(parsed, _name(model))}')
     missing = [key for key in expected if key not in source]
     head = {key for key in missing if key.startswith('head.fc.')}
     norm = {key for key in missing if key.startswith('norm.')}
     tail = {key for key in expected if key.startswith(('norm.', 'head.fc.'))}
     whole_head = head == {key for key in tail if key.startswith('head.fc.')}
-    allowed = (head | norm) == tail or (whole_head and not norm)
+    allowed = not complete and ((head | norm) == tail or (whole_head and not norm))
     lost = [key for key in missing if key not in head | norm or not allowed]
     if lost and not partial:
         raise CheckpointError(
             f'{_name(model)}: the checkpoint lacks {len(lost)} weights: {_listed(lost)}. '
-            f'It is incomplete, or of another variant.{_hint(parsed, model)}')
-    infinite = [parsed.source_keys[key] for key, tensor in source.items()
+            f'It is incomplete, or of another variant.{_hint(parsed, _name(model))}')
+
+
+def check_values(parsed: Checkpoint) -> None:
+    """Check that every weight is finite.
+
+    Raises:
+        CheckpointError: Some are not.
+    """
+    infinite = [parsed.source_keys[key] for key, tensor in parsed.state_dict.items()
                 if not tensor.is_meta and not torch.isfinite(tensor).all()]
     if infinite:
         raise CheckpointError(
             f'Weights need finite values, {len(infinite)} have NaN or infinity: {_listed(infinite)}. '
             'The training diverged or the file is damaged: use another checkpoint.')
-    _check_groups(parsed, model)
 
 
 def _adaptable(key: str, shape: Sequence[int], expected: Sequence[int]) -> bool:
@@ -554,31 +602,33 @@ def _check_groups(parsed: Checkpoint, model: nn.Module) -> None:
         size = height if height == width else [parsed.group_size] * len(model.depths)  # type: ignore[arg-type]
         warnings.warn(
             f'The checkpoint was trained with groups of {height} x {width}, {_name(model)} has '
-            f'{attn.group_size[0]} x {attn.group_size[1]}. Create the model with `group_size={size}` to get its outputs.',
+            f'{attn.group_size[0]} x {attn.group_size[1]}. Create the model with `group_size={size}` for its outputs.',
             stacklevel=3)
 
 
 def _no_place(name: str, parsed: Checkpoint, rest: Sequence[str]) -> CheckpointError:
-    return CheckpointError(
-        f'{name or "CrossFormer"}: {len(rest)} checkpoint keys have no place: {_listed(rest)}.{_hint(parsed, None, name)}')
+    what = f'{len(rest)} checkpoint keys have' if len(rest) > 1 else '1 checkpoint key has'
+    return CheckpointError(f'{name or "CrossFormer"}: {what} no place: {_listed(rest)}.{_hint(parsed, name)}')
 
 
-def _hint(parsed: Checkpoint, model: Optional[nn.Module], name: str = '') -> str:
+def _hint(parsed: Checkpoint, name: str) -> str:
     """Name the variant a checkpoint fits."""
-    name = name or (_name(model) if model is not None else '')
     cooled = any('.cooling.' in key for key in parsed.state_dict)
     try:
         args = parsed.arguments()
     except CheckpointError:
         return ' Fetch the checkpoint again, or use one of another origin.'
-    fitting = [variant for variant, known in _variants().items() if all(known[k] == v for k, v in args.items() if k in known)]
+    fitting = [
+        variant for variant, known in _variants().items() if all(known[key] == args[key] for key in known)
+    ]
     if fitting and name not in fitting:
-        acl = 'They hold amplitude cooling layers (ACL)' if cooled and '_pp_' not in name else 'They fit another variant'
-        return f' {acl}: try {" or ".join(fitting)}.'
+        acl = cooled and not name.startswith('crossformer_pp_')
+        reason = 'It holds amplitude cooling layers (ACL)' if acl else 'It is of another variant'
+        return f' {reason}: try {" or ".join(fitting)}.'
     if not fitting:
-        return (f' No variant fits: embed_dim={args["embed_dim"]}, depths={args["depths"]}, '
-                f'num_heads={args["num_heads"]}. Create the model with these arguments.')
-    return ' The rest of the checkpoint fits: remove these keys, or fetch the checkpoint again.'
+        return (f' It fits no variant: embed_dim={args["embed_dim"]}, depths={args["depths"]}, '
+                f'num_heads={args["num_heads"]}. Create the model with these arguments, or fetch the checkpoint again.')
+    return ' The rest of the checkpoint fits: take these keys out, or fetch the checkpoint again.'
 
 
 def _name(model: nn.Module) -> str:

@@ -1,14 +1,15 @@
 """The variants, registered with timm. The file's name is the module name in timm's registry."""
 import difflib
 import inspect
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from .convert import convert_state_dict
-from .model import CrossFormer
+from .hub import NAMESPACE, bundled_weights, explain_failure, fetch_weights
+from .model import CrossFormer, CrossFormerFeatures
 
 __all__ = ['CrossFormer']
 
@@ -40,33 +41,97 @@ def _cfg_pp(**kwargs: Any) -> Dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs({
-    'crossformer_tiny.in1k': _cfg(),
-    'crossformer_small.in1k': _cfg(),
-    'crossformer_base.in1k': _cfg(),
-    'crossformer_large.in1k': _cfg(),
-    'crossformer_pp_small.in1k': _cfg_pp(),
-    'crossformer_pp_base.in1k': _cfg_pp(),
-    'crossformer_pp_large.in1k': _cfg_pp(),
-    'crossformer_pp_huge.in1k': _cfg_pp(),
-    'crossformer_lucidrains.untrained': _cfg(origin_url='https://github.com/lucidrains/vit-pytorch'),
-    'test_crossformer.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
-})
-
-_PP_ARGS = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), lda_grouping='region', cooling=True)
-
-
-def _create_crossformer(variant: str, pretrained: bool = False, **kwargs: Any) -> CrossFormer:
-    _check_arguments(variant, kwargs)
-    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs.get('depths', (2, 2, 6, 2))))))
-    return build_model_with_cfg(
-        CrossFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=convert_state_dict,
-        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+def _cfg_birder(size: int, **kwargs: Any) -> Dict[str, Any]:
+    # birder resizes both sides to the input size; mean and std of these weights are in the file itself.
+    return _cfg(
+        hf_hub_id='birder-project/crossformer_s_arabian-peninsula',
+        num_classes=735,
+        input_size=(3, size, size),
+        pool_size=(size // 32, size // 32),
+        crop_pct=1.0,
+        crop_mode='squash',
+        mean=(0.5191, 0.5306, 0.4877),
+        std=(0.2316, 0.2304, 0.2588),
+        origin_url='https://gitlab.com/birder/birder',
+        license='apache-2.0',
         **kwargs,
     )
+
+
+default_cfgs = generate_default_cfgs({
+    'crossformer_tiny.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/crossformer_tiny.in1k'),
+    'crossformer_small.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/crossformer_small.in1k'),
+    'crossformer_small.birder_arabian_peninsula_256': _cfg_birder(
+        256, hf_hub_filename='crossformer_s_arabian-peninsula256px.pt'),
+    'crossformer_small.birder_arabian_peninsula_384': _cfg_birder(
+        384, hf_hub_filename='crossformer_s_arabian-peninsula.pt'),
+    'crossformer_base.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/crossformer_base.in1k'),
+    'crossformer_large.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/crossformer_large.in1k'),
+    'crossformer_pp_small.in1k': _cfg_pp(hf_hub_id=f'{NAMESPACE}/crossformer_pp_small.in1k'),
+    'crossformer_pp_base.in1k': _cfg_pp(hf_hub_id=f'{NAMESPACE}/crossformer_pp_base.in1k'),
+    'crossformer_pp_large.in1k': _cfg_pp(hf_hub_id=f'{NAMESPACE}/crossformer_pp_large.in1k'),
+    'crossformer_pp_huge.in1k': _cfg_pp(hf_hub_id=f'{NAMESPACE}/crossformer_pp_huge.in1k'),
+    'crossformer_lucidrains.untrained': _cfg(origin_url='https://github.com/lucidrains/vit-pytorch'),
+    'test_crossformer.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+    **{tag: _cfg(file=file, **cfg) for tag, file, cfg in bundled_weights()},
+})
+
+_PP_ARGS: Dict[str, Any] = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), lda_grouping='region', cooling=True)
+
+# What differs from the defaults of `CrossFormer`.
+VARIANTS: Dict[str, Dict[str, Any]] = {
+    'crossformer_tiny': dict(embed_dim=64, depths=(1, 1, 8, 6), num_heads=(2, 4, 8, 16)),
+    'crossformer_small': dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    'crossformer_base': dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    'crossformer_large': dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    'crossformer_pp_small': dict(_PP_ARGS, embed_dim=64, depths=(2, 2, 18, 2), num_heads=(2, 4, 8, 16)),
+    'crossformer_pp_base': dict(_PP_ARGS, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    'crossformer_pp_large': dict(_PP_ARGS, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    'crossformer_pp_huge': dict(_PP_ARGS, embed_dim=128, depths=(6, 6, 18, 2), num_heads=(4, 8, 16, 32)),
+    'crossformer_lucidrains': dict(
+        embed_dim=(64, 128, 256, 512), depths=(4, 4, 16, 4), num_heads=(2, 4, 8, 16), lda_group_size=(8, 4, 2, 1),
+        lda_grouping='grid', pos_bias='lucidrains', stage_norm=False, qkv_bias=False,
+    ),
+    'test_crossformer': dict(
+        embed_dim=(32, 48, 64, 96), depths=(2, 2, 4, 2), num_heads=(1, 2, 2, 3), group_size=4, interval=(4, 2, 1, 1),
+    ),
+}
+
+# Groups that weights were trained with, where they differ from the variant's.
+_TAG_ARGS: Dict[str, Dict[str, Any]] = {
+    'birder_arabian_peninsula_256': dict(group_size=8),
+    'birder_arabian_peninsula_384': dict(group_size=12),
+}
+
+
+def _create_crossformer(
+        variant: str,
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+) -> CrossFormer:
+    tag = pretrained_cfg if isinstance(pretrained_cfg, str) else getattr(pretrained_cfg, 'tag', None)
+    tag_args = {name: value for name, value in _TAG_ARGS.get(tag or '', {}).items() if name not in kwargs}
+    kwargs = {**VARIANTS[variant], **tag_args, **kwargs}
+    _check_arguments(variant, kwargs)
+    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['depths']))))
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict() if pretrained else {}
+    fetch_weights(cfg, kwargs.get('cache_dir'))
+    with explain_failure(cfg):
+        model = build_model_with_cfg(
+            CrossFormer,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=pretrained_cfg_overlay,
+            pretrained_filter_fn=convert_state_dict,
+            feature_cfg=dict(feature_cls=CrossFormerFeatures, flatten_sequential=True, out_indices=out_indices),
+            **kwargs,
+        )
+    if tag_args:
+        model._model_args = tag_args  # timm records what the caller gave; an export needs these as well
+    return model
 
 
 def _check_arguments(variant: str, kwargs: Dict[str, Any]) -> None:
@@ -92,71 +157,58 @@ def _register(fn):
 @_register
 def crossformer_tiny(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """CrossFormer-T: 27.8 M parameters, 2.9 GMACs at 224."""
-    args = dict(embed_dim=64, depths=(1, 1, 8, 6), num_heads=(2, 4, 8, 16))
-    return _create_crossformer('crossformer_tiny', pretrained, **dict(args, **kwargs))
+    return _create_crossformer('crossformer_tiny', pretrained, **kwargs)
 
 
 @_register
 def crossformer_small(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """CrossFormer-S: 30.7 M parameters, 4.9 GMACs at 224."""
-    args = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
-    return _create_crossformer('crossformer_small', pretrained, **dict(args, **kwargs))
+    return _create_crossformer('crossformer_small', pretrained, **kwargs)
 
 
 @_register
 def crossformer_base(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """CrossFormer-B: 52.0 M parameters, 9.2 GMACs at 224."""
-    args = dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
-    return _create_crossformer('crossformer_base', pretrained, **dict(args, **kwargs))
+    return _create_crossformer('crossformer_base', pretrained, **kwargs)
 
 
 @_register
 def crossformer_large(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """CrossFormer-L: 92.0 M parameters, 16.1 GMACs at 224."""
-    args = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
-    return _create_crossformer('crossformer_large', pretrained, **dict(args, **kwargs))
+    return _create_crossformer('crossformer_large', pretrained, **kwargs)
 
 
 @_register
 def crossformer_pp_small(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """CrossFormer++-S: 23.3 M parameters, 4.4 GMACs at 224."""
-    args = dict(_PP_ARGS, embed_dim=64, depths=(2, 2, 18, 2), num_heads=(2, 4, 8, 16))
-    return _create_crossformer('crossformer_pp_small', pretrained, **dict(args, **kwargs))
+    return _create_crossformer('crossformer_pp_small', pretrained, **kwargs)
 
 
 @_register
 def crossformer_pp_base(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """CrossFormer++-B: 52.0 M parameters, 9.5 GMACs at 224."""
-    args = dict(_PP_ARGS, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
-    return _create_crossformer('crossformer_pp_base', pretrained, **dict(args, **kwargs))
+    return _create_crossformer('crossformer_pp_base', pretrained, **kwargs)
 
 
 @_register
 def crossformer_pp_large(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """CrossFormer++-L: 92.0 M parameters, 16.6 GMACs at 224."""
-    args = dict(_PP_ARGS, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
-    return _create_crossformer('crossformer_pp_large', pretrained, **dict(args, **kwargs))
+    return _create_crossformer('crossformer_pp_large', pretrained, **kwargs)
 
 
 @_register
 def crossformer_pp_huge(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """CrossFormer++-H: 96.0 M parameters, 21.6 GMACs at 224."""
-    args = dict(_PP_ARGS, embed_dim=128, depths=(6, 6, 18, 2), num_heads=(4, 8, 16, 32))
-    return _create_crossformer('crossformer_pp_huge', pretrained, **dict(args, **kwargs))
+    return _create_crossformer('crossformer_pp_huge', pretrained, **kwargs)
 
 
 @_register
 def crossformer_lucidrains(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """vit-pytorch's CrossFormer with its defaults: 28.8 M parameters. Its depths of pairs are twice as many blocks."""
-    args = dict(
-        embed_dim=(64, 128, 256, 512), depths=(4, 4, 16, 4), num_heads=(2, 4, 8, 16), lda_group_size=(8, 4, 2, 1),
-        lda_grouping='grid', pos_bias='lucidrains', stage_norm=False, qkv_bias=False,
-    )
-    return _create_crossformer('crossformer_lucidrains', pretrained, **dict(args, **kwargs))
+    return _create_crossformer('crossformer_lucidrains', pretrained, **kwargs)
 
 
 @_register
 def test_crossformer(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """A CrossFormer of under 1 M parameters for tests and demos, meant for 32 to 160 pixels."""
-    args = dict(embed_dim=(32, 48, 64, 96), depths=(2, 2, 4, 2), num_heads=(1, 2, 2, 3), group_size=4, interval=(4, 2, 1, 1))
-    return _create_crossformer('test_crossformer', pretrained, **dict(args, **kwargs))
+    return _create_crossformer('test_crossformer', pretrained, **kwargs)
