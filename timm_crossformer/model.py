@@ -17,6 +17,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
+from timm.models import FeatureListNet
 from torch import Tensor, nn
 
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
@@ -493,6 +494,19 @@ class CrossFormer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Classify images [B, in_chans, H, W] of any size: logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
+
+
+class CrossFormerFeatures(FeatureListNet):
+    """The pyramid of `features_only=True`.
+
+    timm keeps stages under the names `stages_0`, ... here; `return_layers` takes the names of `feature_info`, too
+    (`stages.0`, ...), by which transformers asks for hidden states.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == 'return_layers':
+            value = {layer.replace('.', '_'): index for layer, index in value.items()}
+        super().__setattr__(name, value)
 
 
 def _init_weights(module: nn.Module) -> None:
