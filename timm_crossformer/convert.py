@@ -203,12 +203,12 @@ def infer_arguments(state_dict: Mapping[str, Tensor]) -> Dict[str, Any]:
         return tensor.shape
 
     depths: List[int] = []
-    for key in state_dict:
-        match = re.match(r'stages\.(\d{1,2})\.blocks\.(\d{1,3})\.', key)
+    for name in state_dict:
+        match = re.match(r'stages\.(\d{1,2})\.blocks\.(\d{1,3})\.', name)
         if match:
-            stage, block = int(match[1]), int(match[2])
+            stage = int(match[1])
             depths.extend([0] * (stage + 1 - len(depths)))
-            depths[stage] = max(depths[stage], block + 1)
+            depths[stage] = max(depths[stage], int(match[2]) + 1)
     dims, heads, head_dims, ratios = [], [], [], []
     pos_bias = 'paper'
     for stage in range(len(depths)):
@@ -288,7 +288,8 @@ def parse_state_dict(checkpoint: Mapping[str, Any], container: Optional[str] = N
     rules = [(re.compile(pattern), target) for pattern, target in _RULES[origin]]
     # Other parts may stand beside a `backbone.`; beside anything else, they are keys without a place.
     in_detector = prefix.endswith('backbone.')
-    rest, twice = [], []
+    rest: List[str] = []
+    twice: List[str] = []
     for key, tensor in state_dict.items():
         if not key.startswith(prefix):
             (result.left_out if in_detector else rest).append(key)
@@ -557,7 +558,8 @@ def check_fit(parsed: Checkpoint, model: nn.Module, complete: bool = False, part
     ]
     if differing:
         raise CheckpointError(
-            f'{_name(model)}: {len(differing)} weights have another shape: {_listed(differing)}.{_hint(parsed, _name(model))}')
+            f'{_name(model)}: {len(differing)} weights have another shape: {_listed(differing)}.'
+            f'{_hint(parsed, _name(model))}')
     missing = [key for key in expected if key not in source]
     head = {key for key in missing if key.startswith('head.fc.')}
     norm = {key for key in missing if key.startswith('norm.')}

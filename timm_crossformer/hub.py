@@ -436,7 +436,7 @@ def verify_directory(directory: Union[str, Path], against: Optional[Union[str, P
     image = torch.rand(1, *net.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         output = net(image)
-    check('forward', torch.isfinite(output).all(), f'{list(image.shape)} -> {list(output.shape)}')
+    check('forward', bool(torch.isfinite(output).all()), f'{list(image.shape)} -> {list(output.shape)}')
     if against is not None:
         try:
             check('against', *_compare(net, parsed, image, output, Path(against)))

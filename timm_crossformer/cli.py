@@ -1,0 +1,374 @@
+"""The command `timm-crossformer`: list, convert, verify, push, classify, features, exec.
+
+Data goes to stdout, notes and progress to stderr. Exit codes: 0 done; 1 a checkpoint was refused or a check failed;
+2 wrong usage; 3 weights could not be fetched or pushed.
+"""
+import argparse
+import json
+import os
+import runpy
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+
+OK, REFUSED, USAGE, NETWORK = 0, 1, 2, 3
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    from .hub import FetchError  # late, so that --help needs no PyTorch
+
+    try:
+        return args.run(args)
+    except FetchError as e:
+        return _fail(str(e), NETWORK)
+    except (ValueError, OSError, ImportError) as e:  # CheckpointError is a ValueError
+        return _fail(str(e), REFUSED)
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return _fail('interrupted, nothing was left behind', 130)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser. A subcommand is a function that adds itself to `COMMANDS`."""
+    parser = argparse.ArgumentParser(prog='timm-crossformer', description='CrossFormer for timm: weights and tools.')
+    from . import __version__
+
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    subparsers = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    for add in COMMANDS:
+        add(subparsers)
+    return parser
+
+
+def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> Any:
+    """Add a subcommand with the options all of them share."""
+    parser = subparsers.add_parser(name, help=help, description=help)
+    parser.add_argument('--json', action='store_true', help='write JSON to stdout')
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _fail(message: str, code: int) -> int:
+    print(f'timm-crossformer: {message}', file=sys.stderr)
+    return code
+
+
+def _note(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _emit(data: Any, args: argparse.Namespace, text: str) -> None:
+    print(json.dumps(data, indent=2, default=str) if args.json else text)
+
+
+def _table(rows: List[List[str]]) -> str:
+    """Align columns; numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    numeric = [all(row[i][:1].isdigit() or row[i] in ('', '-') for row in rows[1:]) for i in range(len(rows[0]))]
+    return '\n'.join(
+        '  '.join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip() for row in rows)
+
+
+def _size(value: int) -> str:
+    return f'{value / 1e6:.1f} MB'
+
+
+def _group_size(text: str) -> Any:
+    """Parse 7, or 4,4,14,7 per stage, or 8x11 (height x width), or 8x11,8x11,8x11,8x11."""
+    try:
+        sizes = [tuple(map(int, part.split('x'))) for part in text.split(',')]
+        if any(len(size) > 2 or min(size) < 1 for size in sizes):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'a group size is like 7, or 4,4,14,7 per stage, or 8x11 for height x width; got {text}') from None
+    stages = [size[0] if len(size) == 1 else size for size in sizes]
+    if len(stages) > 1:
+        return tuple(stages)
+    return stages[0] if isinstance(stages[0], int) else (stages[0],) * 4
+
+
+def _numbers(text: str) -> Any:
+    """Parse 8 or 8,4,2,1."""
+    try:
+        numbers = tuple(map(int, text.split(',')))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'expected whole numbers like 8,4,2,1; got {text}') from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _add_list(subparsers: Any) -> None:
+    parser = _command(subparsers, 'list', _list, 'List variants and published weights.')
+    parser.add_argument('pattern', nargs='?', default='*', help='wildcard, as in timm.list_models')
+
+
+def _list(args: argparse.Namespace) -> int:
+    import fnmatch
+
+    from .hub import NAMESPACE, manifest
+
+    records = [record for record in manifest() if fnmatch.fnmatch(record['tag'], f'{args.pattern}*')]
+    for record in records:
+        if record['hub'] and record['hub'].startswith('$NAMESPACE/'):
+            record['hub'] = record['hub'].replace('$NAMESPACE', NAMESPACE)
+    if not records:
+        return _fail(f'no weights match {args.pattern!r}. Try `timm-crossformer list`.', USAGE)
+    rows = [['weights', 'params', 'GMACs', 'top-1', 'source of top-1', 'weights from']]
+    for record in records:
+        metric = next((m for m in record['metrics'] if m['name'] == 'top-1'), None)
+        rows.append([
+            record['tag'],
+            f'{record["params"] / 1e6:.1f}M',
+            f'{record["gmacs"]:.1f}',
+            f'{metric["value"]:.1f}' if metric else '-',
+            metric['source'] if metric else '-',
+            'this package' if record['bundled'] else record['hub'] or 'none',
+        ])
+    _emit(records, args, _table(rows))
+    return OK
+
+
+def _add_convert(subparsers: Any) -> None:
+    parser = _command(subparsers, 'convert', _convert, 'Convert a checkpoint into a directory for timm and the Hub.')
+    parser.add_argument('source', metavar='SRC', help='checkpoint: official, mmdet, mmseg, vit-pytorch, birder or own')
+    parser.add_argument('directory', metavar='DIR', help='directory to write')
+    parser.add_argument('--model', metavar='NAME', help='variant (default: inferred from the shapes)')
+    parser.add_argument('--group-size', type=_group_size, metavar='G', help='7, or 4,4,14,7, or 8x11')
+    parser.add_argument('--lda-group-size', type=_group_size, metavar='G', help='of long-distance attention alone')
+    parser.add_argument('--interval', type=_numbers, metavar='I', help='8,4,2,1')
+    parser.add_argument('--lda-grouping', choices=('map', 'region', 'grid'), help='groups of long-distance attention')
+    parser.add_argument('--num-classes', type=int, metavar='N', help='0 leaves the classifier out')
+    parser.add_argument('--dtype', choices=('fp32', 'fp16', 'bf16'), help='of the weights written (default: as it is)')
+    parser.add_argument('--key', metavar='KEY', help='of the state dict in the checkpoint (default: found, EMA first)')
+    parser.add_argument('--sha256', metavar='HASH', help='hash, or its beginning, that SRC must have')
+    parser.add_argument('--license', metavar='ID', help='licence of the weights, for the model card')
+    parser.add_argument('--overwrite', action='store_true', help='replace files of DIR')
+
+
+def _convert(args: argparse.Namespace) -> int:
+    import torch
+
+    from .hub import convert_file
+
+    dtype = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16, None: None}[args.dtype]
+    source = Path(args.source)
+    with _progress(f'convert {source.name}', 3 * source.stat().st_size if source.is_file() else 0) as progress:
+        facts = convert_file(
+            source,
+            args.directory,
+            model=args.model,
+            group_size=args.group_size,
+            lda_group_size=args.lda_group_size,
+            interval=args.interval,
+            lda_grouping=args.lda_grouping,
+            num_classes=args.num_classes,
+            dtype=dtype,
+            container=args.key,
+            expected_sha256=args.sha256,
+            license=args.license,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    if facts['left_out']:
+        _note(f'{facts["left_out"]} weights of other parts of the detector or segmenter were left out.')
+    if facts['dense']:
+        _note('A backbone without final norm and classifier: use it with features_only=True.')
+    arguments = ', '.join(f'{key}={value}' for key, value in facts['args'].items())
+    _emit(facts, args, '\n'.join([
+        f'{facts["directory"]}: {facts["model"]}({arguments}) from {facts["origin"]} weights',
+        f'  {facts["params"] / 1e6:.1f}M parameters, {facts["num_classes"]} classes, {facts["dtype"]}, '
+        f'{_size(facts["size"])}',
+        f'  sha256 {facts["sha256"]}',
+        f'  timm.create_model("local-dir:{facts["directory"]}", pretrained=True)',
+    ]))
+    return OK
+
+
+def _add_verify(subparsers: Any) -> None:
+    parser = _command(subparsers, 'verify', _verify, 'Check a converted directory.')
+    parser.add_argument('directory', metavar='DIR')
+    parser.add_argument('--against', metavar='SRC', help='checkpoint whose weights and outputs it must reproduce')
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .hub import verify_directory
+
+    checks = verify_directory(args.directory, args.against)
+    ok = all(check['ok'] for check in checks)
+    text = '\n'.join(f'{"ok  " if c["ok"] else "FAIL"}  {c["check"]}: {c["detail"]}' for c in checks)
+    _emit({'directory': args.directory, 'ok': ok, 'checks': checks}, args, text)
+    return OK if ok else REFUSED
+
+
+def _add_push(subparsers: Any) -> None:
+    parser = _command(subparsers, 'push', _push, 'Upload a converted directory to the Hugging Face Hub.')
+    parser.add_argument('directory', metavar='DIR')
+    parser.add_argument('repo_id', metavar='REPO_ID', help='OWNER/NAME')
+    parser.add_argument('--private', action='store_true', help='create the repository for its owner only')
+    parser.add_argument('--dry-run', action='store_true', help='check and list the files, upload nothing')
+
+
+def _push(args: argparse.Namespace) -> int:
+    from .hub import push_directory
+
+    result = push_directory(args.directory, args.repo_id, args.private, args.dry_run)
+    rows = [[name, _size(size)] for name, size in result['files'].items()]
+    done = 'would be uploaded to' if args.dry_run else 'uploaded to'
+    end = '' if args.dry_run else f'\n{result["commit"]}'
+    _emit(result, args, f'{done} {result["repo_id"]}:\n{_table([["file", "size"], *rows])}{end}')
+    return OK
+
+
+def _add_weights(parser: Any) -> None:
+    parser.add_argument('images', nargs='+', metavar='IMAGE')
+    parser.add_argument('--model', metavar='NAME', help='as for timm.create_model (default: inferred)')
+    parser.add_argument('--weights', metavar='PATH', help='checkpoint file or converted directory')
+
+
+def _load(args: argparse.Namespace, **kwargs: Any) -> Any:
+    from .hub import bundled_weights, load_model
+
+    if args.model is None and args.weights is None:
+        args.model = next((tag for tag, _, _ in bundled_weights()), 'crossformer_tiny')
+        _note(f'{args.model}; choose others with --model or --weights.')
+    return load_model(args.model, args.weights, **kwargs)
+
+
+def _read_image(path: str) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert('RGB')
+    except UnidentifiedImageError:
+        raise ValueError(f'{path} is no image. Pass a JPEG, PNG or any other format Pillow reads.') from None
+
+
+def _add_classify(subparsers: Any) -> None:
+    parser = _command(subparsers, 'classify', _classify, 'Classify images.')
+    _add_weights(parser)
+    parser.add_argument('--topk', type=int, default=5, metavar='K', help='classes to show (default: 5)')
+
+
+def _classify(args: argparse.Namespace) -> int:
+    import torch
+    from timm.data import create_transform, resolve_data_config
+
+    if args.topk < 1:
+        return _fail(f'--topk needs at least 1, got {args.topk}.', USAGE)
+    model = _load(args)
+    if model.num_classes == 0:
+        return _fail('these weights have no classifier. Use `features`, or weights of a classifier.', REFUSED)
+    transform = create_transform(**resolve_data_config({}, model=model))
+    names = _class_names(model)
+    results: List[Dict[str, Any]] = []
+    with torch.inference_mode(), _progress('classify', len(args.images), unit='image') as progress:
+        for path in args.images:
+            image = _read_image(path).convert('L' if model.in_chans == 1 else 'RGB')
+            scores = model(transform(image)[None])[0].softmax(dim=0)
+            top = scores.topk(min(args.topk, len(scores)))
+            results.append({'image': path, 'classes': [
+                {'index': int(i), 'name': names(int(i)), 'probability': round(float(p), 6)}
+                for p, i in zip(top.values, top.indices, strict=True)
+            ]})
+            progress(1)
+    _emit(results, args, '\n'.join(
+        f'{result["image"]}\n' + '\n'.join(f'  {c["probability"]:6.1%}  {c["name"]}' for c in result['classes'])
+        for result in results))
+    return OK
+
+
+def _class_names(model: Any) -> Callable[[int], str]:
+    names = model.pretrained_cfg.get('label_names')
+    if names and len(names) == model.num_classes:
+        return lambda i: str(names[i])
+    if model.num_classes == 1000:
+        from timm.data import ImageNetInfo
+
+        return ImageNetInfo().index_to_description
+    return lambda i: f'class {i}'
+
+
+def _add_features(subparsers: Any) -> None:
+    parser = _command(subparsers, 'features', _features, 'Extract the feature pyramid, and draw it.')
+    _add_weights(parser)
+    parser.add_argument('--out', metavar='PNG', help='picture to write: every image beside its four levels')
+
+
+def _features(args: argparse.Namespace) -> int:
+    import torch
+    from timm.data import create_transform, resolve_data_config
+
+    model = _load(args, features_only=True)
+    config = resolve_data_config({}, model=model)
+    transform = create_transform(**config)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+    pictures, pyramids, results = [], [], []
+    with torch.inference_mode(), _progress('features', len(args.images), unit='image') as progress:
+        for path in args.images:
+            image = transform(_read_image(path))
+            levels = [level[0] for level in model(image[None])]
+            pictures.append(image * std + mean)
+            pyramids.append(levels)
+            results.append({'image': path, 'levels': [
+                {'shape': list(level.shape), 'mean': float(level.mean()), 'std': float(level.std())} for level in levels
+            ]})
+            progress(1)
+    if args.out:
+        from .viz import draw_pyramids
+
+        draw_pyramids(pictures, pyramids, args.out, [Path(path).name for path in args.images])
+        _note(f'wrote {args.out}')
+    _emit(results, args, '\n'.join(
+        f'{result["image"]}  ' + '  '.join('×'.join(map(str, level['shape'])) for level in result['levels'])
+        for result in results))
+    return OK
+
+
+def _add_exec(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        'exec', help="Run a Python script, timm's train.py for one, with the variants registered.")
+    parser.add_argument('script', metavar='SCRIPT')
+    parser.add_argument('arguments', nargs=argparse.REMAINDER, metavar='ARGS', help='passed to the script')
+    parser.set_defaults(run=_exec)
+
+
+def _exec(args: argparse.Namespace) -> int:
+    from . import crossformer  # noqa: F401, registers the variants
+
+    script = Path(args.script)
+    if not script.is_file():
+        return _fail(f'{script} is no file. Pass the path of a Python script.', USAGE)
+    sys.argv = [str(script), *args.arguments]
+    sys.path.insert(0, str(script.resolve().parent))
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    except SystemExit:
+        raise
+    except BaseException:  # the script's own failure, shown as Python shows it
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return REFUSED
+    return OK
+
+
+@contextmanager
+def _progress(title: str, total: int, unit: str = 'B') -> Iterator[Callable[[int], Any]]:
+    """Show a bar on stderr if it is a terminal, for work that takes a while."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=title, unit=unit, unit_scale=unit == 'B', disable=None, leave=False, delay=0.5) as bar:
+        yield bar.update
+
+
+COMMANDS: List[Callable[[Any], None]] = [
+    _add_list, _add_convert, _add_verify, _add_push, _add_classify, _add_features, _add_exec,
+]
