@@ -298,10 +298,13 @@ def _new_directory(directory: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', dir=directory.parent))
     try:
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
         for path in temporary.iterdir():
+            path.chmod(0o666 & ~umask)
             _sync(path)
+        temporary.chmod(0o777 & ~umask)
         _sync(temporary)
-        temporary.chmod(0o777 & ~_umask())
         if directory.is_dir() and any(directory.iterdir()):
             for path in sorted(temporary.iterdir(), reverse=True):  # the weights first
                 path.replace(directory / path.name)
@@ -311,12 +314,6 @@ def _new_directory(directory: Path) -> Iterator[Path]:
         _sync(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(path: Path) -> None:
