@@ -1,0 +1,143 @@
+"""benchmarks/train.py: it learns, and an interrupted run ends like an uninterrupted one."""
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'train.py'
+SHORT = [
+    'test_crossformer', '--epochs', '2', '--batch-size', '8', '--warmup-epochs', '1', '--threads', '1',
+    '--device', 'cpu', '--drop-path', '0.1',
+]
+
+# timm's image folders leave it to the garbage collector to close files
+pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
+
+
+@pytest.fixture(scope='module')
+def train():
+    """The script as a module, with one thread."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    threads = torch.get_num_threads()
+    try:
+        import train
+        yield train
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Two classes of 16 x 16 pixels: noise with more red, or with more blue."""
+    root = tmp_path_factory.mktemp('data')
+    generator = np.random.default_rng(0)
+    for split, count in (('train', 24), ('validation', 8)):
+        for label, name in enumerate(('red', 'blue')):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.normal(128, 40, (16, 16, 3)) + (20 if label else -20) * np.array([-1, 0, 1])
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f'{i}.png')
+    return root
+
+
+def arguments(data, output, *more):
+    return [*SHORT, '--data', str(data), '--output', str(output), *more]
+
+
+def rows_of(folder):
+    with open(folder / 'log.csv', newline='') as file:
+        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize('options', [
+    ['--img-size', '16'],
+    ['--img-size', '24', '--train-sizes', '16,24', '--augment', 'timm', '--mixup', '0.8', '--cutmix', '1.0',
+     '--mixup-off-epoch', '1', '--auto-augment', 'rand-m9-mstd0.5-inc1', '--random-erasing', '0.25',
+     '--layer-decay', '0.9'],
+], ids=['batch', 'timm'])
+def test_killed_run_ends_like_an_uninterrupted_one(train, data, tmp_path, options):
+    train.main(arguments(data, tmp_path / 'whole', *options))
+
+    killed = arguments(data, tmp_path / 'killed', *options, '--checkpoint-steps', '2')
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *killed])
+    checkpoint = tmp_path / 'killed' / 'checkpoint.pt'
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, 'The run ended before it was killed.'
+    steps = torch.load(checkpoint, weights_only=True)['step']
+    assert steps < 12
+    train.main(killed)
+
+    assert rows_of(tmp_path / 'killed') == rows_of(tmp_path / 'whole')
+    whole, resumed = (load_file(tmp_path / name / 'model.safetensors') for name in ('whole', 'killed'))
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        assert torch.equal(whole[key], resumed[key]), f'{key} differs after resuming from step {steps}.'
+
+
+def test_loss_falls_and_the_files_are_there(train, data, tmp_path):
+    last = train.train(train.parse_args(arguments(data, tmp_path, '--epochs', '6', '--img-size', '16')))
+    losses = [float(row['train_loss']) for row in rows_of(tmp_path)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert last['accuracy'] > 90
+    assert json.loads((tmp_path / 'config.json').read_text())['settings']['train_images'] == 48
+    assert (tmp_path / 'plot.svg').read_text().startswith('<?xml')
+
+
+def test_imagenet_recipe_is_the_official_one(train):
+    args = train.parse_args(['crossformer_base', '--data', 'x', '--output', 'y', '--recipe', 'imagenet'])
+    official = dict(
+        epochs=300, warmup_epochs=20, batch_size=1024, opt='adamw', lr=5e-4, warmup_lr=5e-7, min_lr=5e-6,
+        weight_decay=0.05, clip_grad=5., smoothing=0.1, mixup=0.8, cutmix=1., auto_augment='rand-m9-mstd0.5-inc1',
+        color_jitter=0.4, random_erasing=0.25, drop_path=0.3, ema_decay=0., img_size=224,
+    )
+    assert {name: getattr(args, name) for name in official} == official
+
+
+def test_stopped_write_leaves_the_old_checkpoint(train, tmp_path, monkeypatch):
+    path = tmp_path / 'checkpoint.pt'
+    train.save_atomically({'step': 1}, path)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.os, 'fsync', stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.save_atomically({'step': 2}, path)
+    assert torch.load(path, weights_only=True) == {'step': 1}
+
+
+def test_resuming_with_other_arguments_is_refused(train, data, tmp_path):
+    train.main(arguments(data, tmp_path, '--img-size', '16', '--epochs', '1'))
+    with pytest.raises(ValueError, match='other values of epochs, lr'):
+        train.main(arguments(data, tmp_path, '--img-size', '16', '--lr', '1', '--epochs', '3'))
+
+
+def test_ranks_share_each_batch(train):
+    whole = list(train.Batches(torch.arange(20), 6, 1, 0, 0, 0, 1))
+    halves = [list(train.Batches(torch.arange(20), 6, 1, 0, 0, rank, 2)) for rank in range(2)]
+    assert len(whole) == 3
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert sorted(batch) == sorted(first + second)
+    assert list(train.Batches(torch.arange(20), 6, 1, 2, 0, 0, 1)) == whole[2:]
+
+
+@pytest.mark.slow
+def test_torchrun(data, tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(SCRIPT)]
+    subprocess.run([*command, *arguments(data, tmp_path, '--img-size', '16')], check=True, timeout=300)
+    assert len(rows_of(tmp_path)) == 2
+    assert float(rows_of(tmp_path)[-1]['train_loss']) < float(rows_of(tmp_path)[0]['train_loss'])
