@@ -187,7 +187,8 @@ def prepare(case: Case) -> Callable[[], Any]:
 def count_macs(case: Case) -> float:
     """Count the multiply-adds that a case takes, by torch's counter of operations, on tokens that exist.
 
-    Swin pads its map to whole windows. Its count at 224, where it does not, is scaled by the area.
+    A model that was run before is counted without its position biases, which it remembers. Swin pads its map to whole
+    windows: its count at 224, where it does not, is scaled by the area.
     """
     if case.contestant in PADS_WINDOWS and case.size != '224':
         height, width = case.pixels
@@ -236,9 +237,9 @@ def measure(
     runs, macs = [], []
     for case in cases:
         progress(f'warm-up: {case.contestant} {case.size}')
-        macs.append(count_macs(case))
         runs.append(prepare(case))
         runs[-1]()
+        macs.append(count_macs(case))
     gemm, gemm_macs = prepare_gemm(first)
     gemm()
     gemm_times: List[float] = []
@@ -732,6 +733,7 @@ def write_variants(folder: Path) -> Path:
         size = timm.get_pretrained_cfg(name).input_size[-1]
         case = Case(name, size=str(size))
         build.cache_clear()  # the large ones need not all stay
+        prepare(case)()
         params = sum(p.numel() for p in build_case(case)[0].parameters())
         lines.append({'variant': name, 'size': size, 'params_m': f'{params / 1e6:.4f}',
                       'gmacs': f'{count_macs(case) / 1e9:.4f}'})
