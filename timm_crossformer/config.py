@@ -32,7 +32,7 @@ def resolve_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> Li
         ValueError: A wrong number of entries, or a size below 1.
     """
     sizes = []
-    for stage, (entry, depth) in enumerate(zip(per_stage(name, value, len(depths)), depths)):
+    for stage, (entry, depth) in enumerate(zip(per_stage(name, value, len(depths)), depths, strict=True)):
         if not isinstance(entry, (list, tuple)):
             blocks = [entry] * depth
         elif len(entry) == 2 and (depth != 2 or isinstance(entry, tuple)) and _is_pair(entry):

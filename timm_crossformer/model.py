@@ -227,7 +227,7 @@ class CrossFormer(nn.Module):
             embed_dim = [embed_dim * 2 ** i for i in range(stages)]
         dims = per_stage('embed_dim', embed_dim, stages)
         heads = per_stage('num_heads', num_heads, stages)
-        for i, (dim, head) in enumerate(zip(dims, heads)):
+        for i, (dim, head) in enumerate(zip(dims, heads, strict=True)):
             if head < 1 or (head_dim is None and dim % head):
                 raise ValueError(
                     f'`num_heads` must divide the channels of each stage, got {head} heads for {dim} channels in '

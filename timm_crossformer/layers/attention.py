@@ -6,24 +6,19 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from .grouping import axis_segments, group_index, group_view, map_layout
-from .position_bias import DynamicPosBias, expand_bias
-
-# A position bias is built for at most this many pairs of tokens, heads included, at a time (64 MiB in fp32).
-# Only `map` groups of large images come near: 4,096 tokens and 24 heads at 2048 px would need 1.6 GB.
-_MAX_BIAS = 1 << 24
+from .grouping import Layout, Segment, divide, group_index, group_view, longest, map_layout, map_segments
+from .position_bias import DynamicPosBias, bias_table, expand_bias
 
 
 @register_notrace_module  # grouping depends on the size of the map
 class GroupAttention(nn.Module):
     """Attention inside the groups of a token map; `grouping` is all that tells SDA from LDA.
 
-    No group ever holds a token that does not exist: nothing is padded and, except in exported and compiled graphs,
-    nothing is masked. The official code pads the map and masks the padding, with the same result.
+    No group ever holds a token that does not exist: nothing is padded and, except in exported graphs, nothing is
+    masked. The official code pads the map and masks the padding, with the same result.
     """
 
     fused_attn: torch.jit.Final[bool]
-    max_bias: torch.jit.Final[int] = _MAX_BIAS
 
     def __init__(
             self,
@@ -85,93 +80,165 @@ class GroupAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend inside the groups of x, tokens [B, H, W, C]."""
         qkv = self.qkv(x)
-        if torch.jit.is_scripting():
-            x = self._attend_segments(qkv)
-        elif torch.compiler.is_compiling():
-            x = self._attend_indexed(qkv)
+        dropout = self.attn_drop.p if self.training else 0.
+        if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+            x = self._attend_runs(qkv, dropout)
+        elif torch.compiler.is_exporting() or torch.is_grad_enabled():
+            x = self._attend_indexed(qkv, dropout)
         else:
-            x = self._attend_segments(qkv)
+            x = _attend_opaque(
+                qkv,
+                list(self.pos_bias.mlp.parameters()),
+                self.num_heads,
+                list(self.group_size),
+                self.interval,
+                self.grouping,
+                self.fit_groups,
+                self.legacy_lookup,
+                self.fused_attn,
+            )
         return self.proj_drop(self.proj(x))
 
-    def _attend_segments(self, qkv: Tensor) -> Tensor:
-        """Attend run by run of equally long groups: one run if groups divide the map, up to nine if they do not."""
-        B, H, W, _ = qkv.shape
-        rows, cols = map_layout(H, W, self.group_size, self.interval, self.grouping, self.fit_groups)
-        row_segments, col_segments = axis_segments(H, rows), axis_segments(W, cols)
-        table = self.pos_bias(_longest(row_segments), _longest(col_segments)).to(qkv.dtype)
-        out = qkv.new_empty([B, H, W, self.num_heads * self.head_dim])
-        for row in row_segments:
-            for col in col_segments:
-                groups = group_view(qkv, row, col)
-                target = group_view(out, row, col)
-                gh, gw = row[2], col[2]
-                q, k, v = self._split_heads(groups.reshape(-1, gh * gw, groups.shape[-1]))
-                target.copy_(self._attend_group(q, k, v, table, gh, gw).view(target.shape))
-        return out
+    def _attend_runs(self, qkv: Tensor, dropout: float) -> Tensor:
+        """Attend run by run of equally long groups."""
+        H, W = qkv.shape[1], qkv.shape[2]
+        rows, cols = map_segments(H, W, self.group_size, self.interval, self.grouping, self.fit_groups)
+        table = self.pos_bias(longest(rows), longest(cols))
+        return attend_runs(qkv, table, rows, cols, self.num_heads, dropout, self.fused_attn)
 
-    def _attend_group(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, gh: int, gw: int) -> Tensor:
-        """Attend inside gh x gw groups, in bands of query rows if the position bias is large. Returns [nG, N, C]."""
-        band = max(1, self.max_bias // (self.num_heads * gw * gh * gw))  # rows of queries at a time
-        if band >= gh:
-            return self._attend(q, k, v, expand_bias(table, gh, gw, 0, gh))
-        bands: List[Tensor] = []
-        for first in range(0, gh, band):
-            last = min(first + band, gh)
-            bias = expand_bias(table, gh, gw, first, last)
-            bands.append(self._attend(q[:, :, first * gw:last * gw], k, v, bias))
-        return torch.cat(bands, dim=1)
-
-    def _attend_indexed(self, qkv: Tensor) -> Tensor:
+    @torch.jit.unused
+    def _attend_indexed(self, qkv: Tensor, dropout: float) -> Tensor:
         """Attend with one gather of tokens, a mask on members that do not exist, and one gather back.
 
-        No branch and no loop depends on the size of the map: one exported or compiled graph serves every size.
+        No branch and no loop depends on the size of the map: one exported graph serves every size.
         """
         B, H, W, C = qkv.shape
         rows, cols = map_layout(H, W, self.group_size, self.interval, self.grouping, self.fit_groups)
+        if torch.compiler.is_exporting():
+            rows, cols = _opaque_layout(rows), _opaque_layout(cols)
         gh, gw = rows[1], cols[1]
         index, real, inverse = group_index(H, W, rows, cols, qkv.device)
         groups = qkv.flatten(1, 2)[:, index.flatten()].reshape(-1, gh * gw, C)  # B * nG, N, C
-        q, k, v = self._split_heads(groups)
         table = self.pos_bias(gh, gw).to(qkv.dtype)
-        member = torch.arange(gh * gw, device=qkv.device)
-        row, col = member // gw, member % gw
+        row, col = divide(torch.arange(gh * gw, device=qkv.device), gw)
         offset = (row[:, None] - row + gh - 1) * (2 * gw - 1) + col[:, None] - col + gw - 1  # N, N
         bias = table.flatten(1)[:, offset.flatten()].reshape(-1, gh * gw, gh * gw)
-        x = self._attend(q, k, v, bias, real)
+        x = _attend(*_split_heads(groups, self.num_heads), bias, dropout, False, real)
         return x.reshape(B, -1, x.shape[-1])[:, inverse].reshape(B, H, W, -1)
 
-    def _split_heads(self, groups: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """Turn [nG, N, 3 * C] into three views [nG, heads, N, head_dim]."""
-        q, k, v = groups.unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, real: Optional[Tensor] = None) -> Tensor:
-        """Attend within each group.
+def attend_runs(
+        qkv: Tensor,
+        table: Tensor,
+        rows: List[Segment],
+        cols: List[Segment],
+        num_heads: int,
+        dropout: float,
+        fused: bool,
+) -> Tensor:
+    """Attend run by run of equally long groups: one run if groups divide the map, up to nine if they do not.
 
-        Args:
-            q: Queries [B * nG, heads, N, head_dim]; fewer than N if bias has fewer rows.
-            k: Keys [B * nG, heads, N, head_dim].
-            v: Values, like k.
-            bias: Position bias [heads or 1, N, N].
-            real: Mask [nG, N] of keys that exist, None if all do.
+    Args:
+        qkv: Queries, keys and values of tokens, [B, H, W, 3 * C].
+        table: Position biases by offset [heads or 1, 2 * TH - 1, 2 * TW - 1] for the longest groups at least.
+        rows: Segments of the H axis.
+        cols: Segments of the W axis.
+        num_heads: Heads.
+        dropout: Rate of dropout of attention weights.
+        fused: Use `scaled_dot_product_attention`.
 
-        Returns:
-            Tokens [B * nG, N, C].
-        """
-        if self.fused_attn and real is None:
-            x = F.scaled_dot_product_attention(
-                q, k, v,
-                attn_mask=bias.unsqueeze(0),
-                dropout_p=self.attn_drop.p if self.training else 0.,
-            )
-        else:
-            attn = (q * self.scale) @ k.transpose(-2, -1) + bias
-            if real is not None:
-                # Far below any score, yet finite in fp16: a group without a real token keeps finite gradients.
-                attn = attn.unflatten(0, [-1, real.shape[0]]).masked_fill(~real[:, None, None, :], -3e4).flatten(0, 1)
-            x = self.attn_drop(attn.softmax(dim=-1)) @ v
-        return x.transpose(1, 2).flatten(2)
+    Returns:
+        Tokens [B, H, W, C].
+    """
+    B, H, W, C = qkv.shape
+    table = table.to(qkv.dtype)
+    out = qkv.new_empty([B, H, W, C // 3])
+    for row in rows:
+        for col in cols:
+            gh, gw = row[2], col[2]
+            q, k, v = _split_heads(group_view(qkv, row, col).reshape(-1, gh * gw, C), num_heads)
+            # A position bias is built for 2 ** 24 pairs of tokens at most (64 MiB in fp32), heads included. Only `map`
+            # groups of large images come near: 4,096 tokens and 24 heads, at 2048 px, would need 1.6 GB.
+            band = max(1, (1 << 24) // (num_heads * gw * gh * gw))  # rows of queries at a time
+            bands: List[Tensor] = []
+            for first in range(0, gh, band):
+                last = min(first + band, gh)
+                bias = expand_bias(table, gh, gw, first, last)
+                queries = q if band >= gh else q[:, :, first * gw:last * gw]
+                bands.append(_attend(queries, k, v, bias, dropout, fused, None))
+            target = group_view(out, row, col)
+            target.copy_((bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)).view(target.shape))
+    return out
 
 
-def _longest(segments: List[Tuple[int, int, int, int, int]]) -> int:
-    return max([segment[2] for segment in segments])
+def _split_heads(groups: Tensor, num_heads: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """Turn [nG, N, 3 * C] into three views [nG, heads, N, head_dim]."""
+    q, k, v = groups.unflatten(-1, [3, num_heads, -1]).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def _attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        dropout: float,
+        fused: bool,
+        real: Optional[Tensor],
+) -> Tensor:
+    """Attend within each group.
+
+    Args:
+        q: Queries [B * nG, heads, Q, head_dim].
+        k: Keys [B * nG, heads, N, head_dim].
+        v: Values, like k.
+        bias: Position bias [heads or 1, Q, N].
+        dropout: Rate of dropout.
+        fused: Use `scaled_dot_product_attention`.
+        real: Mask [nG, N] of keys that exist, None if all do; not for `fused`.
+
+    Returns:
+        Tokens [B * nG, Q, C].
+    """
+    if fused:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout)
+    else:
+        attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
+        if real is not None:
+            # Far below any score, yet finite in fp16: a group without a real token keeps finite gradients.
+            attn = attn.unflatten(0, [-1, real.shape[0]]).masked_fill(~real[:, None, None, :], -3e4).flatten(0, 1)
+        x = F.dropout(attn.softmax(dim=-1), dropout, dropout > 0.) @ v
+    return x.transpose(1, 2).flatten(2)
+
+
+@torch.library.custom_op('timm_crossformer::attend', mutates_args=())
+def _attend_opaque(
+        qkv: Tensor,
+        mlp: List[Tensor],
+        num_heads: int,
+        group_size: List[int],
+        interval: int,
+        grouping: str,
+        fit_groups: bool,
+        legacy_lookup: bool,
+        fused: bool,
+) -> Tensor:
+    """Attend as in eager mode, from inside a graph compiled for inference: one graph for all sizes, soon compiled."""
+    rows, cols = map_segments(
+        qkv.shape[1], qkv.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
+    legacy_size = (group_size[0], group_size[1]) if legacy_lookup else None
+    table = bias_table(mlp, longest(rows), longest(cols), legacy_size)
+    return attend_runs(qkv, table, rows, cols, num_heads, 0., fused)
+
+
+@_attend_opaque.register_fake
+def _(qkv: Tensor, *_) -> Tensor:
+    return qkv.new_empty([*qkv.shape[:-1], qkv.shape[-1] // 3])
+
+
+def _opaque_layout(layout: Layout) -> Layout:
+    """Hide from the tracer how a layout follows from the size of the map: it would carry the formulas everywhere."""
+    regions, size, interval = [torch.scalar_tensor(n, dtype=torch.long).item() for n in layout]
+    for n in (regions, size, interval):
+        torch._check(n >= 1)
+    return regions, size, interval

@@ -43,7 +43,7 @@ class CrossScaleEmbed(nn.Module):
         self.norm_first = norm_first
         self.convs = nn.ModuleList([
             nn.Conv2d(in_chans, chans, kernel, stride=stride, padding=(kernel - stride) // 2, **dd)
-            for kernel, chans in zip(kernel_sizes, splits)
+            for kernel, chans in zip(kernel_sizes, splits, strict=True)
         ])
         norm_dim = in_chans if norm_first else out_chans
         self.norm = norm_layer(norm_dim, **dd) if norm_layer is not None else nn.Identity()
@@ -66,17 +66,19 @@ class CrossScaleEmbed(nn.Module):
 @register_notrace_function  # sizes decide
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Continue x [B, C, H, W] with zeros at the bottom and right until `multiple` divides both sides."""
-    pad_h, pad_w = -x.shape[2] % multiple, -x.shape[3] % multiple
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        if pad_h == 0 and pad_w == 0:
-            return x
+    H, W = x.shape[2], x.shape[3]
+    pad_h, pad_w = (H + multiple - 1) // multiple * multiple - H, (W + multiple - 1) // multiple * multiple - W
+    if torch.jit.is_scripting():
+        return x if pad_h == 0 and pad_w == 0 else F.pad(x, [0, pad_w, 0, pad_h])
+    if not torch.compiler.is_compiling() and pad_h == 0 and pad_w == 0:  # a graph pads by 0 instead of branching
+        return x
     return F.pad(x, [0, pad_w, 0, pad_h])
 
 
 @register_notrace_function
 def check_map(x: Tensor, in_chans: int) -> None:
     """Raise AssertionError unless x is a non-empty [B, in_chans, H, W] tensor of floating point numbers."""
-    _assert(x.ndim == 4, f'The input needs 4 dimensions [B, C, H, W], got {x.ndim}. Add a batch dimension to one image.')
+    _assert(x.ndim == 4, f'The input needs 4 dimensions [B, C, H, W], got {x.ndim}. Add a batch dimension to an image.')
     _assert(
         x.shape[1] == in_chans,
         f'The input needs {in_chans} channels in dimension 1, got {x.shape[1]}. '

@@ -91,7 +91,7 @@ def axis_segments(n: int, layout: Layout) -> List[Segment]:
         + phase. Full regions come first. What is left over may need two segments: the first `rest % interval` phases
         have one member more than the others.
     """
-    regions, size, interval = layout
+    _, size, interval = layout
     segments: List[Segment] = []
     full = n // (size * interval)
     if full > 0:
@@ -103,6 +103,24 @@ def axis_segments(n: int, layout: Layout) -> List[Segment]:
     if members > 0:
         segments.append((start + longer, 1, members, interval, interval - longer))
     return segments
+
+
+def map_segments(
+        height: int,
+        width: int,
+        group_size: Tuple[int, int],
+        interval: int,
+        grouping: str,
+        fit: bool,
+) -> Tuple[List[Segment], List[Segment]]:
+    """Cut the rows and the columns of a map, laid out by `map_layout`, into segments."""
+    rows, cols = map_layout(height, width, group_size, interval, grouping, fit)
+    return axis_segments(height, rows), axis_segments(width, cols)
+
+
+def longest(segments: List[Segment]) -> int:
+    """Return the length of the longest groups."""
+    return max([segment[2] for segment in segments])
 
 
 def group_view(x: Tensor, rows: Segment, cols: Segment) -> Tensor:
@@ -167,8 +185,15 @@ def _axis_index(n: int, layout: Layout, device: torch.device) -> Tuple[Tensor, T
     regions, size, interval = layout
     group = torch.arange(regions * interval, device=device)[:, None]
     member = torch.arange(size, device=device)[None, :]
-    token = (group // interval) * (size * interval) + member * interval + group % interval
+    region, phase = divide(group, interval)
+    token = region * (size * interval) + member * interval + phase
     real = torch.arange(n, device=device)
-    group_of = (real // (size * interval)) * interval + real % interval
-    member_of = (real % (size * interval)) // interval
-    return token.clamp(max=n - 1), token < n, group_of, member_of
+    region, rest = divide(real, size * interval)
+    member_of, phase = divide(rest, interval)
+    return token.clamp(max=n - 1), token < n, region * interval + phase, member_of
+
+
+def divide(x: Tensor, n: int) -> Tuple[Tensor, Tensor]:
+    """Return quotient and remainder (the remainder operator has no ONNX form for a symbolic n)."""
+    quotient = x // n
+    return quotient, x - quotient * n

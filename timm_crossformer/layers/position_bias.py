@@ -1,8 +1,11 @@
 """Dynamic position bias, DPB (paper, section 3.3): attention bias from relative offsets through a small MLP."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .grouping import divide
 
 _CACHE_SIZES = 8  # group sizes remembered per module; a fixed image size needs one or two
 
@@ -54,24 +57,9 @@ class DynamicPosBias(nn.Module):
             return self._table(height, width)
         return self._eager_table(height, width)
 
-    def _offsets(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Return what the MLP sees of each offset, [2 * height - 1, 2 * width - 1, 2]."""
-        dy = torch.arange(1 - height, height, device=device)[:, None].expand(-1, 2 * width - 1)
-        dx = torch.arange(1 - width, width, device=device)[None, :].expand(2 * height - 1, -1)
-        size = self.legacy_size
-        if size is not None:
-            # vit-pytorch tabulates offsets -w..w, rows of 2w + 1, but indexes as if rows had 2w - 1 entries.
-            # Weights trained that way need the same slip.
-            entry = (dy + size[0] - 1) * (2 * size[1] - 1) + dx + size[1] - 1
-            row_length = 2 * size[1] + 1
-            dy = torch.div(entry, row_length, rounding_mode='floor') - size[0]
-            dx = entry - (dy + size[0]) * row_length - size[1]
-        return torch.stack([dy, dx], dim=-1)
-
     def _table(self, height: int, width: int) -> Tensor:
-        weight = self.mlp[0].weight
-        offsets = self._offsets(height, width, weight.device).to(weight.dtype)
-        return self.mlp(offsets).permute(2, 0, 1)
+        weight = self.mlp[1].weight
+        return self.mlp(_offsets(height, width, self.legacy_size, weight.device).to(weight.dtype)).permute(2, 0, 1)
 
     @torch.jit.unused
     def _eager_table(self, height: int, width: int) -> Tensor:
@@ -99,11 +87,41 @@ class DynamicPosBias(nn.Module):
     @torch.jit.unused
     def _exact_table(self, height: int, width: int) -> Tensor:
         """Compute the table in the precision of the parameters: the same under autocast, in training and after."""
-        device_type = self.mlp[0].weight.device.type
+        device_type = self.mlp[1].weight.device.type
         if not torch.is_autocast_enabled(device_type):
             return self._table(height, width)
         with torch.autocast(device_type, enabled=False):
             return self._table(height, width)
+
+
+def bias_table(
+        mlp: List[Tensor],
+        height: int,
+        width: int,
+        legacy_size: Optional[Tuple[int, int]],
+) -> Tensor:
+    """Compute the table of a `DynamicPosBias` from the parameters of its MLP alone."""
+    x = _offsets(height, width, legacy_size, mlp[0].device).to(mlp[0].dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.linear(x, mlp[0], mlp[1])
+        for i in range(2, len(mlp), 4):
+            x = F.relu(F.layer_norm(x, mlp[i].shape, mlp[i], mlp[i + 1]))
+            x = F.linear(x, mlp[i + 2], mlp[i + 3])
+    return x.permute(2, 0, 1)
+
+
+def _offsets(height: int, width: int, legacy_size: Optional[Tuple[int, int]], device: torch.device) -> Tensor:
+    """Return what the MLP sees of each offset, [2 * height - 1, 2 * width - 1, 2]."""
+    dy = torch.arange(1 - height, height, device=device)[:, None].expand(-1, 2 * width - 1)
+    dx = torch.arange(1 - width, width, device=device)[None, :].expand(2 * height - 1, -1)
+    if legacy_size is not None:
+        # vit-pytorch tabulates offsets -w..w, rows of 2w + 1, but indexes as if rows had 2w - 1 entries.
+        # Weights trained that way need the same slip.
+        rows, cols = legacy_size
+        entry = (dy + rows - 1) * (2 * cols - 1) + dx + cols - 1
+        row, col = divide(entry, 2 * cols + 1)
+        dy, dx = row - rows, col - cols
+    return torch.stack([dy, dx], dim=-1)
 
 
 def _fingerprint(params) -> Any:
