@@ -376,7 +376,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     settings = {k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}
     settings.update(num_classes=num_classes, parameters=parameters, train_images=len(indices))
     settings['device'] = device.type
-    step, rows, loss_sum, seconds = 0, [], 0., 0.
+    step, rows, loss_sum, seconds, cpu_seconds = 0, [], 0., 0., 0.
     checkpoint = folder / 'checkpoint.pt'
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -389,7 +389,8 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         optimizer.load_state_dict(state['optimizer'])
         if ema:
             ema.module.load_state_dict(state['ema'])
-        step, rows, loss_sum, seconds = state['step'], state['rows'], state['loss_sum'], state['seconds']
+        step, rows, loss_sum = state['step'], state['rows'], state['loss_sum']
+        seconds, cpu_seconds = state['seconds'], state['cpu_seconds']
         if main:
             print(f'Going on from step {step} of {steps * args.epochs}.', flush=True)
     elif main:
@@ -405,14 +406,18 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         if main:
             save_atomically(dict(
                 settings=settings, step=step, rows=rows, loss_sum=float(loss_sum), seconds=elapsed(),
-                model=model.state_dict(), optimizer=optimizer.state_dict(),
+                cpu_seconds=cpu_elapsed(), model=model.state_dict(), optimizer=optimizer.state_dict(),
                 ema=ema.module.state_dict() if ema else None,
             ), checkpoint)
 
     def elapsed() -> float:
         return seconds + time.perf_counter() - started
 
+    def cpu_elapsed() -> float:
+        return cpu_seconds + time.process_time() - cpu_started
+
     started = saved = time.perf_counter()
+    cpu_started = time.process_time()
     while step < steps * args.epochs:
         epoch, first = divmod(step, steps)
         batches = Batches(indices, args.batch_size, epoch, first, args.seed, rank, ranks)
@@ -460,7 +465,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         if (epoch + 1) % args.eval_epochs == 0 or epoch + 1 == args.epochs:
             val_loss, accuracy = evaluate(ema.module if ema else model, val_loader, device, amp)
             row.update(val_loss=round(val_loss, 4), accuracy=round(accuracy, 2))
-        row['seconds'] = round(elapsed(), 1)
+        row.update(seconds=round(elapsed(), 1), cpu_seconds=round(cpu_elapsed(), 1))  # of this process
         rows.append(row)
         loss_sum = 0.
         save()

@@ -1,0 +1,120 @@
+"""Train a CrossFormer and its peers alike, and compare: same script, data, epochs, image size and parameters.
+
+    python benchmarks/peers.py --data DIR --work DIR --csv FILE --plot FILE [--seeds 0 1 2] [-- ARGUMENTS OF train.py]
+
+Runs one after the other, each in a folder of its own below --work; the same command goes on after an interruption.
+"""
+import argparse
+import csv
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import timm
+import torch
+import train
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dims are chosen for equal parameters with 10 classes; patches of 4 pixels, as in CrossFormer.
+PEERS: Dict[str, Dict[str, Any]] = {
+    'CrossFormer': dict(model='test_crossformer'),
+    'Swin': dict(
+        model='swin_tiny_patch4_window7_224', patch_size=4, window_size=4, embed_dim=32, depths=[2, 4, 2],
+        num_heads=[1, 2, 4], mlp_ratio=3.5),
+    'ViT': dict(model='vit_tiny_patch16_224', patch_size=4, embed_dim=96, depth=6, num_heads=3, mlp_ratio=3.5),
+    'ConvNeXt': dict(model='convnext_tiny', depths=[2, 2, 4, 2], dims=[32, 48, 80, 128]),
+}
+SIZED = ('Swin', 'ViT')  # their constructors need the image size
+TOLERANCE = 0.05
+
+
+def arguments_of(peer: str, img_size: int) -> Dict[str, Any]:
+    """Return the constructor arguments of a peer."""
+    kwargs = {k: v for k, v in PEERS[peer].items() if k != 'model'}
+    return dict(kwargs, img_size=img_size) if peer in SIZED else kwargs
+
+
+def count(peer: str, img_size: int, num_classes: int) -> Dict[str, int]:
+    """Return the parameters and the multiply-adds of one image."""
+    model = timm.create_model(PEERS[peer]['model'], num_classes=num_classes, **arguments_of(peer, img_size)).eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.zeros(1, 3, img_size, img_size))
+    return dict(parameters=sum(p.numel() for p in model.parameters()), macs=counter.get_total_flops() // 2)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--data', required=True)
+    parser.add_argument('--work', required=True, help='folder of the runs')
+    parser.add_argument('--csv', required=True, help='file to write, one row per run')
+    parser.add_argument('--plot', required=True, help='SVG file to write, accuracy over epochs')
+    parser.add_argument('--img-size', type=int, default=32)
+    parser.add_argument('--num-classes', type=int, default=10)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0])
+    parser.add_argument('--dataset-name', default='CIFAR-10 (JPEG q75)', help='what to call the data')
+    parser.add_argument('more', nargs='*', help='arguments of train.py, after --')
+    args = parser.parse_args(argv)
+
+    counts = {peer: count(peer, args.img_size, args.num_classes) for peer in PEERS}
+    wanted = counts['CrossFormer']['parameters']
+    for peer, numbers in counts.items():
+        if abs(numbers['parameters'] / wanted - 1) > TOLERANCE:
+            raise ValueError(
+                f'Peers need the parameters of CrossFormer within {TOLERANCE:.0%}, got {numbers["parameters"]} for '
+                f'{peer} and {wanted} for CrossFormer. Change its dims.')
+
+    rows: List[Dict[str, Any]] = []
+    logs: Dict[str, List[List[Dict[str, str]]]] = {peer: [] for peer in PEERS}
+    for seed in args.seeds:
+        for peer in PEERS:
+            folder = Path(args.work) / f'{peer.lower()}-{seed}'
+            run = train.parse_args([
+                PEERS[peer]['model'], '--data', args.data, '--output', str(folder), '--img-size', str(args.img_size),
+                '--num-classes', str(args.num_classes), '--seed', str(seed), '--recipe', 'small', *args.more])
+            run.model_kwargs = arguments_of(peer, args.img_size)
+            print(f'{peer}, seed {seed}', flush=True)
+            last = train.train(run)
+            with open(folder / 'log.csv', newline='') as file:
+                logs[peer].append(list(csv.DictReader(file)))
+            rows.append(dict(
+                model=peer, parameters=counts[peer]['parameters'], mmacs=round(counts[peer]['macs'] / 1e6, 2),
+                data=args.dataset_name, train_images=run.train_limit or 'all', epochs=run.epochs,
+                img_size=args.img_size, seed=seed, accuracy=last['accuracy'],
+                cpu_seconds_per_epoch=round(last['cpu_seconds'] / run.epochs, 1),
+            ))
+            with open(args.csv, 'w', newline='') as file:
+                writer = csv.DictWriter(file, rows[0].keys(), lineterminator='\n')
+                writer.writeheader()
+                writer.writerows(rows)
+    plot(logs, args.plot, f'{args.dataset_name}, {wanted / 1e6:.2f} M parameters within {TOLERANCE:.0%}')
+    return 0
+
+
+def plot(logs: Dict[str, List[List[Dict[str, str]]]], path: str, title: str) -> None:
+    """Draw the accuracy over epochs, the mean over seeds."""
+    import matplotlib
+    matplotlib.use('svg')
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update({'svg.hashsalt': 'peers', 'svg.fonttype': 'none'})
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
+    for peer, runs in logs.items():
+        points: Dict[int, List[float]] = {}
+        for run in runs:
+            for row in run:
+                if row['accuracy']:
+                    points.setdefault(int(row['epoch']), []).append(float(row['accuracy']))
+        axes.plot(list(points), [statistics.mean(values) for values in points.values()], marker='.', label=peer)
+    axes.set(xlabel='epoch', ylabel='top-1 accuracy, %', title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={'Date': None})
+    pyplot.close(figure)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
