@@ -3,7 +3,7 @@ from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import _assert, register_notrace_function
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 
@@ -77,18 +77,16 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 @register_notrace_function
 def check_map(x: Tensor, in_chans: int) -> None:
-    """Raise AssertionError unless x is a non-empty [B, in_chans, H, W] tensor of floating point numbers."""
-    _assert(x.ndim == 4, f'The input needs 4 dimensions [B, C, H, W], got {x.ndim}. Add a batch dimension to an image.')
-    _assert(
-        x.shape[1] == in_chans,
-        f'The input needs {in_chans} channels in dimension 1, got {x.shape[1]}. '
-        'Pass [B, C, H, W], or create the model with `in_chans`.',
-    )
-    _assert(
-        x.shape[2] > 0 and x.shape[3] > 0,
-        f'The input needs at least 1 x 1 pixels, got {x.shape[2]} x {x.shape[3]}.',
-    )
-    _assert(
-        x.is_floating_point(),
-        'The input needs a floating point dtype. Scale integer images to [0, 1] and normalise them first.',
-    )
+    """Raise ValueError unless x is a non-empty [B, in_chans, H, W] tensor of floating point numbers."""
+    # Not timm's `_assert`: its message is made each time, and a size in a message ties a compiled graph to that size.
+    if x.ndim != 4:
+        raise ValueError(f'The input needs 4 dimensions [B, C, H, W], got {x.ndim}. Add a batch dimension to an image.')
+    if x.shape[1] != in_chans:
+        raise ValueError(
+            f'The input needs {in_chans} channels in dimension 1, got {x.shape[1]}. '
+            'Pass [B, C, H, W], or create the model with `in_chans`.')
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f'The input needs at least 1 x 1 pixels, got {x.shape[2]} x {x.shape[3]}.')
+    if not x.is_floating_point():
+        raise ValueError(
+            'The input needs a floating point dtype. Scale integer images to [0, 1] and normalise them first.')
