@@ -13,6 +13,7 @@ import contextlib
 import csv
 import ctypes
 import functools
+import itertools
 import json
 import os
 import platform
@@ -699,6 +700,14 @@ QUICK_PLANS = {
 }
 
 
+def sets_of(what: str, plans: Sequence[Plan], dtype: str = 'fp32', device: str = 'cpu') -> List[List[Case]]:
+    """Return the cases of a part, in sets whose rows are of one run and so can be compared."""
+    sets = [cases for plan in plans for cases in plan.sets(dtype, device)]
+    if what == 'memory':  # nothing takes turns: each case has a process of its own
+        sets = [list(itertools.chain.from_iterable(sets))]
+    return sets
+
+
 def run_part(what: str, args: argparse.Namespace) -> List[Row]:
     """Measure all cases of one part, write them as they come, and return them."""
     plans = (QUICK_PLANS if args.quick else PLANS)[what]
@@ -708,7 +717,7 @@ def run_part(what: str, args: argparse.Namespace) -> List[Row]:
         plans = plans[:1]
     if args.device == 'cuda':
         chosen.setdefault('threads', (1,))  # of the CPU, which only launches
-    sets = [cases for plan in plans for cases in replace(plan, **chosen).sets(args.dtype, args.device)]
+    sets = sets_of(what, [replace(plan, **chosen) for plan in plans], args.dtype, args.device)
     rows: List[Row] = []
     with tqdm(total=sum(map(len, sets)), unit='case', desc=what, disable=None) as bar:
         for cases in sets:

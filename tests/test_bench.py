@@ -257,11 +257,8 @@ def test_plans_measure_all_that_the_targets_compare(plans):
         if dict(target.where).get('device') == 'cuda':
             continue
         covered = 0
-        for _, what, top, bottom, per in target.ratios:
-            sets = [cases for plan in plans[what] for cases in plan.sets('fp32', 'cpu')]
-            if per.startswith('peak'):  # each in a process of its own, but of one run
-                sets = [[case for cases in sets for case in cases]]
-            covered += any(has(cases, top) and has(cases, bottom) for cases in sets)
+        for _, what, top, bottom, _ in target.ratios:
+            covered += any(has(cases, top) and has(cases, bottom) for cases in bench.sets_of(what, plans[what]))
         assert covered == len(target.ratios) or (plans is bench.QUICK_PLANS and covered), target.name
 
 

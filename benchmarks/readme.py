@@ -1,0 +1,335 @@
+"""Fill the tables of the READMEs from result files, so that no number is typed by hand.
+
+    python benchmarks/readme.py            write
+    python benchmarks/readme.py --check    exit with 1 if a file differs from what would be written
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is one of `TABLES`; words after it are
+arguments, as in `<!-- table: csv train/cifar10.csv model accuracy -->`.
+"""
+import argparse
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+from bench import (
+    BIRDER,
+    LDA_GROUPINGS,
+    OURS,
+    PEERS,
+    RESULTS,
+    SIZES,
+    SWIN,
+    VIT_PYTORCH,
+    Results,
+    Row,
+    megapixels,
+    size_contestants,
+    targets_table,
+)
+
+ROOT = Path(__file__).parents[1]
+FILES = [ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md']
+BLOCK = re.compile(r'(<!-- table: (?P<name>[^\n]*?) -->\n).*?(<!-- /table -->)', re.DOTALL)
+
+TABLES: Dict[str, Callable[..., str]] = {}
+
+
+def table(make: Callable[..., str]) -> Callable[..., str]:
+    """Register a table under the function's name."""
+    TABLES[make.__name__] = make
+    return make
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[Any]], command: str = '') -> str:
+    """Write a table; columns in which every cell is empty are left out.
+
+    Args:
+        head: Names of the columns.
+        body: Cells by row.
+        command: What to run where there are no rows.
+    """
+    if not body:
+        return f'Not measured yet: `{command}`.\n'
+    keep = [i for i in range(len(head)) if any(str(line[i]) for line in body)]
+    numbers = [all(re.fullmatch(r'[-+≥≤×%.,\d ]*', str(line[i])) for line in body) for i in range(len(head))]
+    lines = [
+        [head[i] for i in keep],
+        ['---:' if numbers[i] else '---' for i in keep],
+        *([str(line[i]) for i in keep] for line in body),
+    ]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def hardware(rows: Sequence[Row]) -> str:
+    """Say where rows were measured: once, for the heading of a column."""
+    return '; '.join(dict.fromkeys(f'{row["hardware"]}, torch {row["torch"]}' for row in rows))
+
+
+def by_threads(rows: Sequence[Row]) -> List[int]:
+    """List the numbers of threads in rows."""
+    return sorted({int(row['threads']) for row in rows})
+
+
+def threads_words(threads: int) -> str:
+    """Write a number of threads."""
+    return f'{threads} thread{"s" if threads > 1 else ""}'
+
+
+def short(contestant: str) -> str:
+    """Name a contestant as a table does."""
+    names = {BIRDER: 'birder crossformer_s', VIT_PYTORCH: 'vit-pytorch CrossFormer'}
+    name, _, options = names.get(contestant, contestant).partition(' lda_grouping=')
+    return f'{name} {options}'.replace('fit_groups=True', 'fit_groups').strip()
+
+
+# ---- tables
+
+
+@table
+def variants(results: Path, root: Path = ROOT) -> str:
+    """Variants: parameters and multiply-adds counted, accuracy as its origin states it."""
+    path = results / 'variants.csv'
+    if not path.exists():
+        return markdown([], [], 'python benchmarks/bench.py variants')
+    manifest = root / 'weights' / 'manifest.json'
+    records = json.loads(manifest.read_text(encoding='utf-8'))['weights'] if manifest.exists() else []
+    body = []
+    for row in _read(path):
+        mine = [record for record in records if record['tag'].partition('.')[0] == row['variant']]
+        stated = [record for record in mine if record['metrics']]
+        body.append([
+            f'`{row["variant"]}`', f'{float(row["params_m"]):.1f}', f'{float(row["gmacs"]):.2f}', row['size'],
+            '; '.join(_accuracy(metric) for record in stated for metric in record['metrics']),
+            '; '.join(dict.fromkeys(record['license'] or 'not stated' for record in stated)),
+        ])
+    head = ['variant', 'params (M)', 'GMACs', 'at px', 'top-1 on ImageNet-1k (source)', 'licence of weights']
+    return markdown(head, body)
+
+
+def _accuracy(metric: Row) -> str:
+    """Write a metric of the manifest; only what is not in the heading is named."""
+    what = '' if metric['name'] == 'top-1' else f'{metric["name"]} '
+    data = '' if metric['dataset'].startswith('ImageNet-1k') else f'on {metric["dataset"]} '
+    return f'{metric["value"]:g} {what}{data}({metric["source"]})'
+
+
+@table
+def speed(results: Path) -> str:
+    """Inference at 224 px: images per second and share of the matrix rate, by threads and batch."""
+    rows = Results(results)
+    measured = rows.select('infer', size='224', task='logits', mode='eager')
+    cases = sorted({(int(row['threads']), int(row['batch'])) for row in measured})
+    found = {(row['contestant'], int(row['threads']), int(row['batch'])): row for row in measured}
+    body = []
+    for name in [name for name in (*OURS, *PEERS) if name in {row['contestant'] for row in measured}]:
+        mine = [found.get((name, *case)) for case in cases]
+        first = next(row for row in mine if row)
+        body.append([
+            short(name), f'{float(first["params_m"]):.1f}', f'{float(first["gmacs"]):.2f}',
+            *(f'{1e3 * int(row["batch"]) / float(row["median_ms"]):.1f}' if row else '' for row in mine),
+            *(f'{float(row["gemm_share"]):.0%}' if row else '' for row in mine[-1:]),
+        ])
+    head = ['224 px, fp32', 'params (M)', 'GMACs']
+    head += [f'img/s, {threads_words(threads)}, batch {batch}' for threads, batch in cases]
+    head += [f'of matrix rate, {threads_words(cases[-1][0])}, batch {cases[-1][1]}'] if cases else []
+    head[0] += f' ({hardware(measured)})'
+    return markdown(head, body, 'python benchmarks/bench.py infer')
+
+
+@table
+def ratios(results: Path) -> str:
+    """How much faster our models are than the peers: the same network, and per multiply-add."""
+    rows = Results(results)
+    where = {'task': 'logits', 'size': '224'}
+    body = []
+    threads = by_threads(rows.select('infer', **where))
+    for ours, peer in (('crossformer_small', BIRDER), ('crossformer_lucidrains', VIT_PYTORCH)):
+        for batch in (1, 8):
+            cells = [rows.ratio('infer', {**where, 'contestant': peer, 'batch': batch, 'threads': n},
+                                {**where, 'contestant': ours, 'batch': batch, 'threads': n}) for n in threads]
+            body.append([ours, short(peer), f'inference, batch {batch}', *_times(cells)])
+    step = {'task': 'train', 'batch': 8}
+    trained = {row['contestant'] for row in rows.select('train')}
+    for ours in sorted(name for name in trained if name.startswith('crossformer_')):
+        peer = VIT_PYTORCH if ours.startswith('crossformer_lucidrains') else BIRDER
+        cells = [rows.ratio('train', {**step, 'contestant': peer, 'threads': n},
+                            {**step, 'contestant': ours, 'threads': n}) for n in threads]
+        body.append([ours.split()[0], short(peer), 'training step, batch 8', *_times(cells)])
+    body = [line for line in body if any(line[3:])]
+    head = ['the same network', 'against', 'at 224 px', *(f'faster, {threads_words(n)}' for n in threads)]
+    return markdown(head, body, 'python benchmarks/bench.py infer')
+
+
+@table
+def per_mac(results: Path) -> str:
+    """Time per multiply-add over that of swin_tiny."""
+    rows = Results(results)
+    measured = rows.select('infer', mode='eager')
+    cases = sorted({(int(row['threads']), row['task'], row['size'], int(row['batch'])) for row in measured
+                    if row['contestant'] == SWIN}, key=str)
+    body = []
+    for name in [name for name in (*OURS, *PEERS) if name != SWIN]:
+        cells = []
+        for threads, task, size, batch in cases:
+            case = {'threads': threads, 'task': task, 'size': size, 'batch': batch}
+            cells.append(rows.ratio('infer', {**case, 'contestant': name}, {**case, 'contestant': SWIN}, 'mac'))
+        if any(cells):
+            body.append([short(name), *(f'{cell:.2f}' if cell else '' for cell in cells)])
+    head = ['time per MAC over that of swin_tiny',
+            *(f'{size} px, batch {batch}, {threads_words(threads)}' for threads, _, size, batch in cases)]
+    return markdown(head, body, 'python benchmarks/bench.py infer')
+
+
+@table
+def sizes(results: Path, fit: str = '') -> str:
+    """Time per megapixel by image size, and time per multiply-add over that at 224; `fit` for fit_groups."""
+    rows = Results(results)
+    measured = rows.select('sizes')
+    threads = max(by_threads(measured), default=1)
+    names = [*size_contestants(bool(fit)), *([] if fit else [SWIN])]
+    names = [name for name in names if any(row['contestant'] == name for row in measured)]
+    columns = [size for size in SIZES if any(row['size'] == size for row in measured)]
+    found = {(row['contestant'], row['size']): row for row in measured if int(row['threads']) == threads}
+    body = []
+    for name in names:
+        line = [_with_grouping(name)]
+        for size in columns:
+            row = found.get((name, size))
+            base = {'contestant': name, 'size': '224', 'threads': threads}
+            relative = rows.ratio('sizes', {**base, 'size': size}, base, 'mac') if row else None
+            pace = f'{float(row["median_ms"]) / megapixels(row):.0f}' if row else ''
+            line.append(f'{pace} ({relative:.2f})' if relative and size != '224' else pace)
+        if any(line[1:]):
+            body.append(line)
+    head = [f'ms per megapixel, batch 1, fp32, {threads_words(threads)} ({hardware(measured)})', *columns]
+    return markdown(head, body, 'python benchmarks/bench.py sizes')
+
+
+@table
+def memory(results: Path) -> str:
+    """Peak memory of inference by image size, beyond weights and input."""
+    measured = Results(results).select('memory')
+    columns = [size for size in SIZES if any(row['size'] == size for row in measured)]
+    found = {(row['contestant'], row['size']): row for row in measured}
+    body = [
+        [_with_grouping(name), *(f'{float(found[name, size]["peak_mib"]):.0f}' if (name, size) in found else ''
+                                 for size in columns)]
+        for name in dict.fromkeys(row['contestant'] for row in measured)
+    ]
+    head = [f'peak MiB, feature pyramid, batch 1, fp32 ({hardware(measured)})', *columns]
+    return markdown(head, body, 'python benchmarks/bench.py memory')
+
+
+@table
+def bias(results: Path) -> str:
+    """What position biases cost: as it is, recomputed on every call, and for nothing."""
+    rows = Results(results)
+    measured = rows.select('bias')
+    found = {(row['contestant'], row['threads'], row['mode']): row for row in measured}
+    body = []
+    for name, threads, mode in found:
+        if mode != 'eager':
+            continue
+        where = {'contestant': name, 'threads': threads}
+        cells = [rows.ratio('bias', {**where, 'mode': mode}, {**where, 'mode': 'frozen_bias'})
+                 for mode in ('eager', 'recomputed_bias')]
+        body.append([name, threads, found[name, threads, 'eager']['median_ms'],
+                     *(f'{cell - 1:+.1%}' if cell else '' for cell in cells)])
+    head = ['224 px, batch 1', 'threads', 'ms', 'over a cache that costs nothing', 'the same without a cache']
+    return markdown(head, body, 'python benchmarks/bench.py bias')
+
+
+@table
+def compiled(results: Path) -> str:
+    """torch.compile against eager."""
+    rows = Results(results)
+    body = []
+    for row in rows.select('compile', mode='compile'):
+        where = {name: row[name] for name in ('contestant', 'size', 'batch', 'threads', 'task')}
+        ratio = rows.ratio('compile', where, {**where, 'mode': 'compile'})
+        body.append([short(row['contestant']), row['size'], row['batch'], row['threads'], *_times([ratio])])
+    head = ['model', 'px', 'batch', 'threads', 'faster than eager']
+    return markdown(head, body, 'python benchmarks/bench.py compile')
+
+
+@table
+def targets(results: Path) -> str:
+    """Targets and what was measured."""
+    return markdown(*targets_table(results))
+
+
+@table
+def csv_file(results: Path, name: str, *columns: str) -> str:
+    """Show a CSV file below benchmarks/results as it is, all columns or the named ones."""
+    path = results / name
+    if not path.exists():
+        return f'Not measured yet: benchmarks/results/{name}.\n'
+    rows = _read(path)
+    names = list(columns or rows[0])
+    return markdown(names, [[row[column] for column in names] for row in rows])
+
+
+def _read(path: Path) -> List[Row]:
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def _times(ratios: Sequence[Optional[float]]) -> List[str]:
+    return [f'{ratio:.2f}×' if ratio else '' for ratio in ratios]
+
+
+def _with_grouping(name: str) -> str:
+    """Name a variant with the grouping it runs with."""
+    if any(f'lda_grouping={grouping}' in name for grouping in LDA_GROUPINGS) or not name.startswith('crossformer_'):
+        return short(name)
+    first, *options = name.split()
+    return short(' '.join([first, f'lda_grouping={"region" if "_pp_" in first else "map"}', *options]))
+
+
+# ---- files
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """Write all tables of a text anew.
+
+    Raises:
+        ValueError: A table has no name that is known, or no end.
+    """
+    starts, blocks = text.count('<!-- table: '), len(BLOCK.findall(text))
+    if starts != blocks:
+        raise ValueError(f'Each `<!-- table: NAME -->` needs a `<!-- /table -->` below, got {starts} and {blocks}.')
+
+    def block(match: re.Match) -> str:
+        name, *args = match['name'].split()
+        if name not in TABLES:
+            raise ValueError(f'A table is one of {", ".join(TABLES)}, got {name!r}.')
+        return match[1] + TABLES[name](results, *args) + match[3]
+
+    return BLOCK.sub(block, text)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Write or check files; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('files', nargs='*', type=Path, default=FILES, help='Markdown files, the READMEs by default')
+    parser.add_argument('--check', action='store_true', help='only compare')
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the CSV files')
+    args = parser.parse_args(argv)
+    stale = []
+    for path in args.files:
+        text = path.read_text(encoding='utf-8')
+        filled = fill(text, args.results)
+        if filled != text:
+            stale.append(path)
+            if not args.check:
+                path.write_text(filled, encoding='utf-8')
+    for path in stale:
+        print(f'{path}: {"differs; run `python benchmarks/readme.py`" if args.check else "written"}')
+    return 1 if stale and args.check else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""benchmarks/readme.py and plot.py: the READMEs say what the committed result files hold."""
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+
+import bench
+import readme
+
+
+@pytest.fixture(scope='module')
+def made_up(tmp_path_factory):
+    """Results of every case the quick bench would run, with times that follow from their place."""
+    folder = tmp_path_factory.mktemp('results')
+    pace = itertools.cycle((1., 1.1, .9, 1.3))
+    for what, plans in bench.QUICK_PLANS.items():
+        for cases in bench.sets_of(what, plans):
+            rows = []
+            for case in cases:
+                height, width = case.pixels
+                gmacs = height * width / 1e4
+                times = [case.batch * gmacs * next(pace) for _ in range(3)]
+                rows.append({
+                    **vars(case), 'params_m': 30.6574, 'gmacs': gmacs, 'rounds': 3, 'median_ms': sorted(times)[1],
+                    'min_ms': min(times), 'gflops': 50., 'gemm_gflops': 80., 'gemm_share': .625,
+                    'peak_mib': height * width / 1e3, 'times_ms': ' '.join(map(str, times)),
+                    'hardware': 'an abacus', 'torch': '9.9', 'timm': '1',
+                })
+            bench.write_rows(folder, what, rows)
+    (folder / 'variants.csv').write_text('variant,size,params_m,gmacs\ncrossformer_tiny,224,27.7768,2.8574\n')
+    return folder
+
+
+def test_committed_tables_are_those_of_the_committed_results():
+    assert readme.main(['--check']) == 0, 'Run `python benchmarks/readme.py`.'
+
+
+@pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'csv_file'}))
+def test_tables_without_results_name_the_command(tmp_path, name):
+    text = readme.TABLES[name](tmp_path)
+    assert ('not measured' if name == 'targets' else 'Not measured yet: `python benchmarks/bench.py') in text
+
+
+@pytest.mark.parametrize('name, holds', [
+    ('variants', '| `crossformer_tiny` | 27.8 | 2.86 | 224 |'),
+    ('speed', '224 px, fp32 (an abacus, torch 9.9) | params (M) | GMACs | img/s, 1 thread, batch 1 |'),
+    ('ratios', '| crossformer_lucidrains | vit-pytorch CrossFormer | inference, batch 8 |'),
+    ('per_mac', '| crossformer_small |'),
+    ('sizes', '| crossformer_small region |'),
+    ('memory', '| crossformer_small map | 262 | 1075 | 1049 | 4194 |'),
+    ('bias', '| crossformer_tiny | 1 |'),
+    ('compiled', '| crossformer_small | 224 | 1 | 2 |'),
+    ('targets', '| yes |'),
+])
+def test_tables_hold_the_results(made_up, name, holds):
+    text = readme.TABLES[name](made_up)
+    assert holds in text
+    lines = text.splitlines()
+    assert len({line.count('|') for line in lines}) == 1
+
+
+def test_fit_groups_have_a_table_of_their_own(made_up):
+    assert '| crossformer_pp_small region fit_groups |' in readme.TABLES['sizes'](made_up, 'fit')
+    assert 'fit_groups' not in readme.TABLES['sizes'](made_up)
+
+
+def test_every_target_of_the_cpu_is_measured_by_the_quick_bench(made_up):
+    _, body = bench.targets_table(made_up)
+    assert [line[0] for line in body if line[-1] == 'not measured'] == [line[0] for line in body if 'CUDA' in line[0]]
+
+
+def test_accuracy_comes_from_the_manifest(made_up, tmp_path):
+    (tmp_path / 'weights').mkdir()
+    (tmp_path / 'weights' / 'manifest.json').write_text(
+        '{"weights": [{"tag": "crossformer_tiny.in1k", "license": "MIT", "metrics": ['
+        '{"name": "top-1", "value": 81.5, "dataset": "ImageNet-1k validation", "source": "paper"}, '
+        '{"name": "top-5", "value": 99, "dataset": "CIFAR-10", "source": "log"}]}]}')
+    assert '| 81.5 (paper); 99 top-5 on CIFAR-10 (log) | MIT |' in readme.variants(made_up, tmp_path)
+
+
+def test_a_csv_file_is_shown_whole_or_by_column(tmp_path):
+    (tmp_path / 'train').mkdir()
+    (tmp_path / 'train' / 'a.csv').write_text('model,accuracy\nx,90.5\n')
+    whole, column = (f'<!-- table: csv_file train/a.csv{name} -->\n<!-- /table -->\n' for name in ('', ' accuracy'))
+    filled = readme.fill(whole + column, tmp_path)
+    assert '| model | accuracy |\n| --- | ---: |\n| x | 90.5 |\n' in filled
+    assert '\n| accuracy |\n| ---: |\n| 90.5 |\n' in filled
+
+
+def test_a_stale_file_is_found_left_alone_and_then_written(tmp_path, made_up, capsys):
+    path = tmp_path / 'README.md'
+    path.write_text('before\n<!-- table: variants -->\nold\n<!-- /table -->\nafter\n')
+    command = ['--results', str(made_up), str(path)]
+    assert readme.main([*command, '--check']) == 1
+    assert 'old' in path.read_text()
+    assert readme.main(command) == 0
+    text = path.read_text()
+    assert text.startswith('before\n<!-- table: variants -->\n| variant |')
+    assert text.endswith('<!-- /table -->\nafter\n')
+    assert readme.main([*command, '--check']) == 0
+
+
+@pytest.mark.parametrize('text, words', [
+    ('<!-- table: spede -->\n<!-- /table -->', 'A table is one of'),
+    ('<!-- table: speed -->\n', 'needs a `<!-- /table -->`'),
+], ids=['unknown', 'open'])
+def test_mistakes_in_a_readme_are_named(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words):
+        readme.fill(text, tmp_path)
+
+
+def test_plots_are_the_same_for_the_same_results(made_up, tmp_path):
+    pytest.importorskip('matplotlib')
+    import plot
+    for folder in ('a', 'b'):
+        assert plot.main(['--results', str(made_up), '--plots', str(tmp_path / folder)]) == 0
+    for name in plot.PLOTTERS:
+        first, second = ((tmp_path / folder / f'{name}.svg').read_text() for folder in ('a', 'b'))
+        assert first == second
+        assert 'crossformer_small' in first and 'an abacus' in first
+
+
+def test_plots_without_results_say_what_to_run(tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    import plot
+    assert plot.main(['--results', str(tmp_path), '--plots', str(tmp_path)]) == 1
+    assert 'bench.py all' in capsys.readouterr().err
