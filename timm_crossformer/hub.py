@@ -98,12 +98,12 @@ def _check_download(path: Path, repo: str, filename: str) -> None:
         record['sha256'] for record in manifest()
         if record['sha256'] and (record['hub'], record['file']) == (repo, filename)
     ]
-    if wanted:
-        got = sha256(blob)
-        if any(got != hash_ for hash_ in wanted):
+    got = sha256(blob) if wanted else ''
+    for expected in wanted:
+        if got != expected:
             path.unlink()
             blob.unlink(missing_ok=True)
-            raise FetchError(f'{filename} arrived damaged: its sha256 is {got}, expected {wanted[0]}. It was deleted')
+            raise FetchError(f'{filename} arrived damaged: its sha256 is {got}, expected {expected}. It was deleted')
 
 
 @contextmanager
@@ -120,7 +120,6 @@ def explain_failure(cfg: Dict[str, Any], errors: Any = (FetchError, SafetensorEr
     except errors as e:
         if isinstance(e, FetchError) and 'Asked:' in str(e):
             raise
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         filename = cfg.get('hf_hub_filename') or WEIGHTS_NAME
         ours = repo.startswith(f'{NAMESPACE}/')
         second = 'export TIMM_CROSSFORMER_HUB=NAMESPACE   # the Hub account that hosts the weights' if ours else (
@@ -128,11 +127,18 @@ def explain_failure(cfg: Dict[str, Any], errors: Any = (FetchError, SafetensorEr
         raise FetchError(
             f'{cfg.get("architecture") or "The model"} needs weights that could not be fetched.\n'
             f'  Asked:    {filename} of {repo} at {huggingface_hub.constants.ENDPOINT}\n'
-            f'  Happened: {" ".join(lines[:3])}\n'
+            f'  Happened: {_reason(e)}\n'
             'Either of these helps:\n'
             '  timm-crossformer convert FILE DIR   # a checkpoint you hold; then create_model("local-dir:DIR")\n'
             f'  {second}\n'
             'Without `pretrained=True` the model starts from random weights.') from e
+
+
+def _reason(error: BaseException) -> str:
+    """Say what happened in a line: the error's first sentences, and those of its cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = ' '.join(lines[:3]).rstrip('.')
+    return reason if error.__cause__ is None else f'{reason} ({_reason(error.__cause__)})'
 
 
 def sha256(path: Union[str, Path], progress: Optional[Progress] = None) -> str:
@@ -507,9 +513,8 @@ def push_directory(
         operations = [huggingface_hub.CommitOperationAdd(path.name, _card_bytes(path, repo_id)) for path in files]
         commit = api.create_commit(repo_id, operations, commit_message=f'Add {directory.name} by timm_crossformer')
     except Exception as e:  # the client's errors have many classes
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         raise FetchError(
-            f'{repo_id} was not written at {huggingface_hub.constants.ENDPOINT}: {" ".join(lines[:3])}. '
+            f'{repo_id} was not written at {huggingface_hub.constants.ENDPOINT}: {_reason(e)}. '
             'Log in with `hf auth login`, and check that you may write there.') from e
     return dict(result, repo_id=repo_id, commit=str(commit.commit_url))
 
