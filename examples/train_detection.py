@@ -145,10 +145,10 @@ def main() -> int:
         precision, precision_50 = mean_average_precision(model, validation)
         rows.append({
             'backbone': name,
-            'backbone parameters': sum(p.numel() for p in model.backbone.body.parameters()),
+            'backbone_parameters': sum(p.numel() for p in model.backbone.body.parameters()),
             'data': 'BCCD, validation', 'epochs': args.epochs, 'batch': args.batch_size,
-            'mAP': round(precision, 4), 'mAP at 0.5': round(precision_50, 4),
-            'training CPU seconds': round(cpu, 1), 'training seconds': round(seconds, 1),
+            'mAP': round(precision, 4), 'mAP_50': round(precision_50, 4),
+            'cpu_seconds': round(cpu, 1), 'seconds': round(seconds, 1),
         })
         print(rows[-1], flush=True)
         with open(folder / 'results.csv', 'w', newline='') as file:

@@ -119,10 +119,10 @@ def main() -> int:
         model.eval()
         rows.append({
             'encoder': name,
-            'encoder parameters': sum(p.numel() for p in model.encoder.parameters()),
+            'encoder_parameters': sum(p.numel() for p in model.encoder.parameters()),
             'data': 'nuclei, validation, middle 256 x 256', 'steps': args.steps, 'batch': args.batch_size,
-            'crop': args.crop, 'Dice': round(dice(model, validation), 4),
-            'CPU seconds': round(time.process_time() - cpu, 1), 'seconds': round(time.perf_counter() - started, 1),
+            'crop': args.crop, 'dice': round(dice(model, validation), 4),
+            'cpu_seconds': round(time.process_time() - cpu, 1), 'seconds': round(time.perf_counter() - started, 1),
         })
         print(rows[-1], flush=True)
         with open(folder / 'results.csv', 'w', newline='') as file:
