@@ -70,7 +70,7 @@ def throughput(rows: Results, path: Path) -> bool:
         colors = ['C0' if row['contestant'] in OURS else '0.65' for row in mine]
         bars = axes.barh([short(row['contestant']) for row in mine], [100 * float(row['gemm_share']) for row in mine],
                          color=colors)
-        axes.bar_label(bars, [f'{1e3 * int(row["batch"]) / float(row["median_ms"]):.0f} img/s, '
+        axes.bar_label(bars, [f'{1e3 * int(row["batch"]) / float(row["median_ms"]):.1f} img/s, '
                               f'{float(row["gmacs"]):.1f} GMACs' for row in mine], padding=3, fontsize=8)
         axes.margins(x=.25)
         axes.grid(axis='y', visible=False)

@@ -97,7 +97,11 @@ def variants(results: Path, root: Path = ROOT) -> str:
     manifest = root / 'weights' / 'manifest.json'
     records = json.loads(manifest.read_text(encoding='utf-8'))['weights'] if manifest.exists() else []
     body = []
-    for row in _read(path):
+    # Those with published weights first, CrossFormer before CrossFormer++, then by size.
+    published = {record['tag'].partition('.')[0] for record in records if record['metrics']}
+    order = sorted(_read(path), key=lambda row: (
+        row['variant'] not in published, '_pp_' in row['variant'], float(row['gmacs'])))
+    for row in order:
         mine = [record for record in records if record['tag'].partition('.')[0] == row['variant']]
         stated = [record for record in mine if record['metrics']]
         body.append([
@@ -113,7 +117,7 @@ def _accuracy(metric: Row) -> str:
     """Write a metric of the manifest; only what is not in the heading is named."""
     what = '' if metric['name'] == 'top-1' else f'{metric["name"]} '
     data = '' if metric['dataset'].startswith('ImageNet-1k') else f'on {metric["dataset"]} '
-    return f'{metric["value"]:g} {what}{data}({metric["source"]})'
+    return f'{metric["value"]} {what}{data}({metric["source"]})'
 
 
 @table
