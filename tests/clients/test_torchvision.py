@@ -80,7 +80,7 @@ def test_detector_finds_boxes_inside_the_images(detection, name):
     with torch.no_grad():
         out = model(images)
     assert len(out) == 2
-    for image, found in zip(images, out):
+    for image, found in zip(images, out, strict=True):
         height, width = image.shape[1:]
         assert len(found['boxes']) > 0
         assert (found['boxes'] <= torch.tensor([width, height, width, height])).all()

@@ -1,0 +1,113 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+pytestmark = [
+    pytest.mark.clients,
+    pytest.mark.filterwarnings('default'),  # other packages warn of each other
+]
+
+
+def test_effdet(client, check_training):
+    factory = client('effdet.factory')
+    config = client('effdet').get_efficientdet_config('efficientdet_d0')
+    config.update(
+        backbone_name='test_crossformer', backbone_indices=(1, 2, 3), backbone_args={}, image_size=(128, 192),
+        num_classes=3, fpn_channels=16, fpn_cell_repeats=1, box_class_repeats=1)
+    bench = factory.create_model_from_config(
+        config, bench_task='train', pretrained_backbone=False, bench_labeler=True)
+    images = torch.randn(2, 3, 128, 192)
+    target = dict(bbox=[torch.tensor([[10., 10., 60., 60.]])] * 2, cls=[torch.tensor([1.])] * 2)
+    # The class head starts flat, so only a small step is linear.
+    bench.model.double()
+    check_training(lambda: bench(images.double(), target)['loss'], bench.model.backbone, decrease=1e-6)
+    predict = factory.create_model_from_config(config, bench_task='predict', pretrained_backbone=False).eval()
+    with torch.no_grad():
+        assert predict(images).shape == (2, 100, 6)
+
+
+def test_fastai(client, check_training):
+    vision = client('fastai.vision.all')
+    images = [(torch.randn(3, 70, 101), i % 2) for i in range(8)]
+    dls = vision.DataLoaders.from_dsets(images, images, bs=4, device='cpu')
+    learner = vision.vision_learner(
+        dls, 'test_crossformer', pretrained=False, n_out=2, loss_func=vision.CrossEntropyLossFlat(), normalize=False)
+    body = learner.model[0]
+    assert body.needs_pool
+    assert body(torch.randn(2, 3, 70, 101)).shape == (2, 96, 3, 4)
+    with learner.no_bar(), learner.no_logging():
+        learner.fit(1)
+    assert len(learner.recorder.losses) == 2
+    model = learner.model.train()
+    x, y = torch.randn(4, 3, 70, 101), torch.tensor([0, 1, 0, 1])
+    check_training(lambda: F.cross_entropy(model(x), y), body.model)
+
+
+def test_anomalib_patchcore(client):
+    model = client('anomalib.models.image.patchcore.torch_model').PatchcoreModel(
+        layers=['stages.1', 'stages.2'], backbone='test_crossformer', pre_trained=False)
+    normal = torch.rand(3, 3, 70, 101) * .1
+    model.train()
+    assert model(normal).shape == (3 * 9 * 13, 48 + 64)
+    model.memory_bank = torch.cat(model.embedding_store)
+    model.eval()
+    odd = normal[:1].clone()
+    odd[:, :, 20:50, 20:60] += 1
+    seen, strange = model(normal[:1]), model(odd)
+    assert seen.anomaly_map.shape == (1, 1, 70, 101)
+    assert strange.pred_score > seen.pred_score
+
+
+def test_anomalib_trains_the_backbone(client, check_training):
+    extractor = client('anomalib.models.components').TimmFeatureExtractor(
+        backbone='test_crossformer', layers=['stages.1', 'stages.2'], pre_trained=False, requires_grad=True)
+    assert list(extractor.out_dims) == [48, 64]
+    images = torch.randn(2, 3, 70, 101)
+    check_training(
+        lambda: sum(f.square().mean() for f in extractor(images).values()), extractor.feature_extractor)
+
+
+def test_lightly_train_wraps_the_model(client, check_training):
+    client('lightly_train')
+    helpers = client('lightly_train._models.package_helpers')
+    wrapper = helpers.get_wrapped_model('timm/test_crossformer', num_input_channels=3)
+    images = torch.randn(2, 3, 70, 101)
+
+    def pooled():
+        return wrapper.forward_pool(wrapper.forward_features(images))['pooled_features']
+
+    assert wrapper.feature_dim() == 96
+    assert wrapper.forward_features(images)['features'].shape == (2, 96, 3, 4)
+    assert pooled().shape == (2, 96, 1, 1)
+    check_training(lambda: (pooled() - torch.arange(96).view(1, -1, 1, 1) / 96).square().mean(), wrapper.get_model(), (
+        'head.fc',))
+
+
+def test_lightly_train_pretrains(client, tmp_path):
+    lightly_train = client('lightly_train')
+    vision = client('torchvision')
+    (tmp_path / 'images').mkdir()
+    for i in range(4):
+        vision.utils.save_image(torch.rand(3, 70, 101), tmp_path / 'images' / f'{i}.png')
+    lightly_train.pretrain(
+        out=tmp_path / 'out', data=tmp_path / 'images', model='timm/test_crossformer', method='simclr', epochs=1,
+        batch_size=4, num_workers=0, accelerator='cpu', devices=1, precision='32-true',
+        transform_args=dict(image_size=(64, 64)), embed_dim=None)
+    state = torch.load(tmp_path / 'out' / 'exported_models' / 'exported_last.pt', weights_only=True)
+    timm.create_model('test_crossformer').load_state_dict(state)
+
+
+def test_torchgeo(client, check_training):
+    trainers = client('torchgeo.trainers')
+    segmentation = trainers.SemanticSegmentationTask(
+        model='unet', backbone='tu-test_crossformer', weights=None, in_channels=5, num_classes=3)
+    images, masks = torch.randn(2, 5, 70, 101), torch.randint(0, 3, (2, 70, 101))
+    assert segmentation(images).shape == (2, 3, 70, 101)
+    check_training(lambda: F.cross_entropy(segmentation(images), masks), segmentation.model.encoder.model)
+
+    classification = trainers.ClassificationTask(
+        model='test_crossformer', weights=None, in_channels=6, num_classes=3)
+    images = torch.randn(2, 6, 70, 101)
+    check_training(
+        lambda: F.cross_entropy(classification(images), torch.tensor([0, 2])), classification.model)
