@@ -1,0 +1,520 @@
+"""Checkpoints of every origin and container, whole and damaged."""
+import json
+import os
+import pickle
+import re
+import sys
+import types
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import timm_crossformer  # noqa: F401
+from timm_crossformer.convert import (
+    CheckpointError,
+    _variants,
+    convert_state_dict,
+    infer_arguments,
+    parse_state_dict,
+    read_checkpoint,
+)
+from timm_crossformer.crossformer import VARIANTS
+from timm_crossformer.hub import convert_file, load_model, verify_directory
+
+GOLDEN = Path(__file__).parent / 'golden'
+OFFICIAL_KEYS = json.loads((GOLDEN / 'official_keys.json').read_text())
+CASES = {case['id']: case for case in json.loads((GOLDEN / 'cases.json').read_text())}
+OFFICIAL = [name for name in VARIANTS if name not in ('crossformer_lucidrains', 'test_crossformer')]
+
+
+def official_weights(entry, seed=0):
+    """Rebuild the synthetic weights that the golden outputs belong to."""
+    weights = {}
+    for key, shape in OFFICIAL_KEYS[entry].items():
+        state = np.random.RandomState((zlib.crc32(key.encode()) + seed) & 0x7fffffff)
+        noise = state.standard_normal(shape).astype(np.float32)
+        if len(shape) == 1:
+            noise = 1 + 0.1 * noise if key.endswith('weight') else 0.1 * noise
+        else:
+            noise = noise / np.sqrt(np.prod(shape[1:]))
+        weights[key] = torch.from_numpy(noise.astype(np.float32))
+    return weights
+
+
+def to_official(state_dict):
+    """Give a small model's weights the official names: the table of the official key list, read backwards."""
+    names = ['pos_proj', 'pos1.0', 'pos1.2', 'pos2.0', 'pos2.2', 'pos3.0', 'pos3.2']
+    position = dict(zip('0134679', names, strict=True))
+    official = {}
+    for key, tensor in state_dict.items():
+        key = key.replace('stem.convs', 'patch_embed.projs').replace('stem.', 'patch_embed.')
+        down = re.fullmatch(r'stages\.(\d)\.downsample\.(.*)', key)
+        if down:
+            key = f'layers.{int(down[1]) - 1}.downsample.{down[2].replace("convs", "reductions")}'
+        key = key.replace('stages.', 'layers.').replace('cooling.conv', 'ex_conv').replace('cooling.norm', 'ex_ln')
+        key = re.sub(r'pos_bias\.mlp\.(\d)', lambda m: f'pos.{position[m[1]]}', key).replace('head.fc.', 'head.')
+        official[key] = tensor
+    return official
+
+
+@pytest.fixture(scope='module')
+def small():
+    torch.manual_seed(0)
+    return timm.create_model('test_crossformer', cooling=True, num_classes=7).eval()
+
+
+@pytest.fixture(scope='module')
+def official(small):
+    return to_official(small.state_dict())
+
+
+def fresh(**kwargs):
+    torch.manual_seed(1)
+    return timm.create_model('test_crossformer', **{'cooling': True, 'num_classes': 7, **kwargs}).eval()
+
+
+def same(model, reference):
+    ours, theirs = model.state_dict(), reference.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# Official weights
+
+@pytest.mark.parametrize('kind', ['cls', 'det'])
+@pytest.mark.parametrize('variant', OFFICIAL)
+def test_every_official_key_lands_once(variant, kind):
+    source = {key: torch.empty(shape, device='meta') for key, shape in OFFICIAL_KEYS[f'{kind}-{variant}'].items()}
+    model = timm.create_model(variant, device='meta')
+    converted = convert_state_dict(source, model)
+    expected = {key: tensor.shape for key, tensor in model.state_dict().items()
+                if kind == 'cls' or not key.startswith(('norm.', 'head.'))}
+    assert {key: tensor.shape for key, tensor in converted.items()} == expected
+    assert len(converted) == len(source)
+
+
+@pytest.mark.parametrize('kind', ['cls', 'det'])
+@pytest.mark.parametrize('variant', OFFICIAL)
+def test_variant_is_inferred_from_shapes(variant, kind):
+    source = {key: torch.empty(shape, device='meta') for key, shape in OFFICIAL_KEYS[f'{kind}-{variant}'].items()}
+    dense_groups = {'group_size': 7, 'interval': (8, 4, 2, 1)} if '_pp_' in variant else {}
+    expected = {} if kind == 'cls' else {'num_classes': 0, **dense_groups}
+    assert parse_state_dict(source).variant() == (variant, expected)
+
+
+@pytest.mark.parametrize('variant', list(VARIANTS))
+def test_arguments_of_variants_are_those_of_their_shapes(variant):
+    args = infer_arguments(timm.create_model(variant, device='meta').state_dict())
+    assert {key: args[key] for key in _variants()[variant]} == _variants()[variant]
+
+
+@pytest.mark.parametrize('case', ['cls-crossformer_tiny-224x224', pytest.param(
+    'cls-crossformer_pp_small-224x224', marks=pytest.mark.slow)])
+def test_official_file_reproduces_official_outputs(case, tmp_path):
+    case = CASES[case]
+    torch.save({'model': official_weights(f'cls-{case["variant"]}'), 'epoch': 300}, tmp_path / 'official.pth')
+    x = np.random.RandomState(case['input_seed']).standard_normal((case['batch'], 3, case['height'], case['width']))
+    expected = load_file(GOLDEN / 'golden.safetensors')[f'{case["id"]}/logits']
+    model = timm.create_model(case['variant'], checkpoint_path=str(tmp_path / 'official.pth')).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(torch.from_numpy(x.astype(np.float32))), expected, atol=2e-5, rtol=0)
+
+
+# Containers and prefixes
+
+class CfgNode(dict):
+    """Pickles as yacs' config node does: a dict with attributes."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.__dict__['__immutable__'] = True
+
+
+CfgNode.__module__ = 'yacs.config'
+
+
+@pytest.fixture(autouse=True)
+def yacs(monkeypatch):
+    """Pickle finds the class under its name; reading must do without, see `test_yacs_is_not_imported`."""
+    module = types.ModuleType('yacs.config')
+    module.CfgNode = CfgNode
+    monkeypatch.setitem(sys.modules, 'yacs.config', module)
+
+
+def yacs_config():
+    return CfgNode({'MODEL': CfgNode({'TYPE': 'cross', 'SIZES': [4, 8]}), 'OUTPUT': None})
+
+
+CONTAINERS = {
+    'plain': lambda sd: sd,
+    'model': lambda sd: {'model': sd, 'epoch': 299, 'max_accuracy': 81.5},
+    'optimizer': lambda sd: {'model': sd, 'optimizer': {'state': {0: {'avg': torch.ones(3)}}, 'param_groups': [{}]}},
+    'yacs': lambda sd: {'model': sd, 'config': yacs_config()},
+    'ddp': lambda sd: {'model': {f'module.{key}': t for key, t in sd.items()}},
+    'compiled': lambda sd: {'model': {f'module._orig_mod.{key}': t for key, t in sd.items()}},
+    'ema': lambda sd: {'model': {key: t * 0 for key, t in sd.items()}, 'model_ema': sd},
+    'timm': lambda sd: {'state_dict': sd, 'arch': 'x', 'epoch': 1},
+    'tables': lambda sd: {'model': {
+        **sd,
+        'layers.0.blocks.0.attn.biases': torch.ones(49, 2),
+        'layers.0.blocks.0.attn.relative_position_index': torch.ones(16, 16, dtype=torch.long),
+        'layers.1.blocks.1.attn_mask': torch.ones(1, 4, 4),
+    }},
+}
+
+
+@pytest.mark.parametrize('container', list(CONTAINERS))
+def test_containers(container, official, small, tmp_path):
+    checkpoint = CONTAINERS[container](official)
+    torch.save(checkpoint, tmp_path / 'checkpoint.pth')
+    model = fresh()
+    model.load_state_dict(checkpoint)
+    assert same(model, small)
+    model = fresh(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'checkpoint.pth'), num_classes=7))
+    assert same(model, small)
+    assert same(fresh(checkpoint_path=str(tmp_path / 'checkpoint.pth')), small)
+    assert same(load_model(weights=tmp_path / 'checkpoint.pth'), small)
+
+
+def test_yacs_is_not_imported(official, tmp_path, monkeypatch):
+    torch.save({'model': official, 'config': yacs_config()}, tmp_path / 'c.pth')
+    monkeypatch.setitem(sys.modules, 'yacs.config', None)
+    monkeypatch.setitem(sys.modules, 'yacs', None)
+    config = read_checkpoint(tmp_path / 'c.pth')['config']
+    assert config['MODEL']['SIZES'] == [4, 8] and not isinstance(config, CfgNode)
+
+
+@pytest.mark.parametrize('prefix', ['backbone.', 'module.backbone.'])
+def test_detector_backbone(prefix, official, small):
+    dense = {f'{prefix}{key}': t for key, t in official.items() if not key.startswith(('norm.', 'head.'))}
+    others = {'neck.convs.0.weight': torch.ones(2), 'decode_head.x': torch.ones(2)}
+    detector = {'state_dict': {**dense, **others}, 'meta': {}}
+    parsed = parse_state_dict(detector)
+    assert parsed.dense and sorted(parsed.left_out) == ['decode_head.x', 'neck.convs.0.weight']
+    with pytest.raises(CheckpointError, match=r'no final norm and no classifier.*strict=False'):
+        fresh().load_state_dict(detector)
+    model = fresh()
+    result = model.load_state_dict(detector, strict=False)
+    assert sorted(result.missing_keys) == ['head.fc.bias', 'head.fc.weight', 'norm.bias', 'norm.weight']
+    assert torch.equal(model.stages[3].blocks[1].mlp.fc2.weight, small.stages[3].blocks[1].mlp.fc2.weight)
+
+
+def test_dense_file_loads_with_features_only_and_is_refused_as_classifier(official, small, tmp_path):
+    dense = {f'backbone.{key}': t for key, t in official.items() if not key.startswith(('norm.', 'head.'))}
+    torch.save({'state_dict': dense}, tmp_path / 'det.pth')
+    overlay = dict(file=str(tmp_path / 'det.pth'), num_classes=7)
+    model = fresh(features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.stages_2.blocks[2].cooling.conv.weight, small.stages[2].blocks[2].cooling.conv.weight)
+    with pytest.raises(CheckpointError, match='features_only=True'):
+        fresh(pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_classifier_that_fits_is_kept_though_the_cfg_says_1000(official, small, tmp_path):
+    torch.save(official, tmp_path / 'seven.pth')
+    overlay = dict(file=str(tmp_path / 'seven.pth'))
+    assert same(fresh(pretrained=True, pretrained_cfg_overlay=overlay), small)
+    other = fresh(pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=7), num_classes=3)
+    assert other.head.fc.weight.shape[0] == 3 and torch.equal(other.norm.weight, small.norm.weight)
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        timm.create_model('test_crossformer', cooling=True, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_channels_are_adapted(official, small, tmp_path):
+    torch.save(official, tmp_path / 'rgb.pth')
+    overlay = dict(file=str(tmp_path / 'rgb.pth'), num_classes=7)
+    model = fresh(in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(model.stem.convs[0].weight, small.stem.convs[0].weight.sum(dim=1, keepdim=True))
+
+
+# Other implementations
+
+def test_vit_pytorch_outputs(tmp_path):
+    vit_pytorch = pytest.importorskip('vit_pytorch.crossformer')
+    torch.manual_seed(0)
+    net = vit_pytorch.CrossFormer(dim=(32, 64, 96, 128), depth=(1, 1, 2, 1), num_classes=5, channels=2).eval()
+    parsed = parse_state_dict(net.state_dict())
+    name, args = parsed.variant()
+    assert name == 'crossformer_lucidrains'
+    assert (args['depths'], args['num_classes'], args['in_chans']) == ((2, 2, 4, 2), 5, 2)
+    model = timm.create_model(name, **args).eval()
+    model.load_state_dict(net.state_dict())
+    x = torch.rand(1, 2, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), net(x), atol=1e-5, rtol=0)
+
+
+def test_vit_pytorch_default_is_our_variant():
+    vit_pytorch = pytest.importorskip('vit_pytorch.crossformer')
+    with torch.device('meta'):
+        state_dict = vit_pytorch.CrossFormer().state_dict()
+    assert parse_state_dict(state_dict).variant() == ('crossformer_lucidrains', {})
+
+
+@pytest.mark.parametrize('size', [
+    (256, 352), *(pytest.param((side, side), marks=pytest.mark.slow) for side in (224, 256, 384)),
+], ids=str)
+def test_birder_outputs(size):
+    birder = pytest.importorskip('birder.net.crossformer')
+    torch.manual_seed(0)
+    config = {'embed_dim': 96, 'depths': [2, 2, 6, 2], 'num_heads': [3, 6, 12, 24], 'drop_path_rate': 0.}
+    net = birder.CrossFormer(3, 11, config=config, size=size).eval()
+    for parameter in net.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    name, args = parse_state_dict(net.state_dict()).variant()
+    assert name == 'crossformer_small' and args['num_classes'] == 11
+    model = timm.create_model(name, **args).eval()
+    model.load_state_dict({'state': net.state_dict(), 'birder_version': '0.8.4'})
+    x = torch.rand(1, 3, *size)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), net(x), atol=2e-5, rtol=0)
+
+
+def test_birder_weights_in_a_model_with_other_groups_warn():
+    birder = pytest.importorskip('birder.net.crossformer')
+    config = {'embed_dim': 32, 'depths': [2, 2, 2, 2], 'num_heads': [1, 2, 4, 8], 'drop_path_rate': 0.}
+    net = birder.CrossFormer(3, 2, config=config, size=(256, 352))
+    args = dict(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), num_classes=2)
+    with pytest.warns(UserWarning, match=r'8 x 11.*group_size'):
+        timm.create_model('crossformer_small', **args).load_state_dict(net.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        timm.create_model('crossformer_small', group_size=((8, 11),) * 4, **args).load_state_dict(net.state_dict())
+
+
+# Own weights
+
+def test_own_state_dict_passes_untouched(small):
+    model, state_dict = fresh(), small.state_dict()
+    model.load_state_dict(state_dict, assign=True)
+    assert model.norm.weight.data_ptr() == state_dict['norm.weight'].data_ptr()
+    assert model.load_state_dict({}, strict=False).missing_keys
+    with pytest.raises(RuntimeError, match='Unexpected key'):
+        model.load_state_dict({**state_dict, 'foo': torch.ones(1)})
+
+
+def test_dtype_is_kept(official):
+    half = {key: tensor.half() for key, tensor in official.items()}
+    assert {tensor.dtype for tensor in parse_state_dict(half).state_dict.values()} == {torch.float16}
+
+
+# What does not fit
+
+def meta_official(entry):
+    return {key: torch.empty(shape, device='meta') for key, shape in OFFICIAL_KEYS[entry].items()}
+
+
+@pytest.mark.parametrize('model, source, message', [
+    ('crossformer_small', 'cls-crossformer_pp_base', r'amplitude cooling layers \(ACL\): try crossformer_pp_base'),
+    ('crossformer_base', 'cls-crossformer_pp_base', r'layers\.2\.blocks\.2\.ex_conv\.bias.*try crossformer_pp_base'),
+    ('crossformer_base', 'cls-crossformer_large', r'weights have another shape.*try crossformer_large'),
+    ('crossformer_small', 'cls-crossformer_base', r'no place: layers\.2\.blocks\.10.*try crossformer_base'),
+    ('crossformer_base', 'cls-crossformer_small', r'lacks \d+ weights.*try crossformer_small'),
+    ('crossformer_pp_base', 'cls-crossformer_base', r'lacks 20 weights.*try crossformer_base'),
+], ids=['acl-depth', 'acl', 'embed_dim', 'deeper', 'shallower', 'no-acl'])
+def test_wrong_variant_is_named(model, source, message):
+    with pytest.raises(CheckpointError, match=message):
+        convert_state_dict(meta_official(source), timm.create_model(model, device='meta'))
+
+
+def test_rest_is_listed_in_order(official):
+    with pytest.raises(CheckpointError, match=r'2 checkpoint keys have no place: aaa\.weight, layers\.9\.x'):
+        convert_state_dict({**official, 'layers.9.x': torch.ones(1), 'aaa.weight': torch.ones(1)}, fresh())
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda sd: {**sd, 'norm.weight': sd['norm.weight'].long()}, 'floating point'),
+    (lambda sd: {**sd, 'norm.weight': sd['norm.weight'] * float('nan')}, 'finite.*norm.weight'),
+    (lambda sd: {**sd, 'norm.weight': 'text'}, 'needs to be a tensor'),
+    (lambda sd: {**sd, 'norm.weight': sd['norm.weight'][None]}, 'another shape'),
+    (lambda sd: {**sd, 'norm.weight': sd['norm.weight'][:1]}, 'another shape'),
+    (lambda sd: {k: v for k, v in sd.items() if k != 'norm.weight'}, 'lacks 1 weights: norm.weight'),
+    (lambda sd: {k: v for k, v in sd.items() if k != 'layers.1.blocks.0.norm1.bias'}, 'lacks 1 weights'),
+    (lambda sd: {**sd, 3: torch.ones(1)}, 'Keys of a state dict are strings'),
+    (lambda sd: {**{f'a.{k}': v for k, v in sd.items()}, **{f'b.{k}': v for k, v in sd.items()}}, 'one CrossFormer'),
+    (lambda sd: {f'x.{k}': v for k, v in sd.items() if 'blocks.0.norm1' not in k}, 'no checkpoint of a CrossFormer'),
+    (lambda sd: {**sd, 'model': 3}, 'no place'),
+    (lambda sd: {}, 'no checkpoint of a CrossFormer'),
+], ids=[
+    'integers', 'nan', 'text', 'rank', 'short', 'half-dense', 'hole', 'number-key', 'two', 'no-anchor', 'odd', 'empty',
+])
+def test_damaged_state_dicts(official, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        convert_state_dict(change(official), fresh())
+
+
+def test_filter_never_raises_type_error():
+    for checkpoint in (None, 3, [1], {'model': [1]}, {None: None}, {'layers.0.blocks.0.norm1.weight': None}):
+        with pytest.raises(CheckpointError):
+            convert_state_dict(checkpoint, fresh())
+
+
+# Files
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ('touch pwned',)
+
+
+def damage(path, kind, official):
+    raw = path.read_bytes()
+    if kind == 'truncated':
+        path.write_bytes(raw[:len(raw) // 2])
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'text':
+        path.write_bytes(b'<html>404</html>' * 100)
+    elif kind == 'flipped-header':
+        path.write_bytes(raw[:40] + bytes([raw[40] ^ 0x40]) + raw[41:])
+    elif kind == 'flipped-data':
+        middle = raw.index(official['head.weight'].numpy().tobytes()[:64])
+        path.write_bytes(raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1:])
+    elif kind == 'malicious':
+        torch.save({'model': official, 'config': Malicious()}, path)
+    elif kind == 'malicious-legacy':
+        path.write_bytes(pickle.dumps({'model': Malicious()}))
+    elif kind == 'compressed':
+        with zipfile.ZipFile(path) as source:
+            records = {info.filename: source.read(info) for info in source.infolist()}
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as target:
+            for name, record in records.items():
+                target.writestr(name, record)
+    elif kind == 'stretched':
+        torch.save({**official, 'head.weight': torch.ones(1, 1).expand(10 ** 6, 10 ** 6)}, path)
+    elif kind == 'many-keys':
+        torch.save({f'k{i}': 0 for i in range(100_001)}, path)
+    elif kind == 'list':
+        torch.save([official], path)
+
+
+@pytest.mark.parametrize('suffix, kind', [
+    *(('.pth', kind) for kind in (
+        'truncated', 'empty', 'text', 'flipped-data', 'malicious', 'malicious-legacy', 'compressed', 'stretched',
+        'many-keys', 'list')),
+    *(('.safetensors', kind) for kind in ('truncated', 'empty', 'text', 'flipped-header')),
+])
+def test_damaged_files_end_in_an_error_and_leave_nothing(suffix, kind, official, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f'source{suffix}'
+    if suffix == '.pth':
+        torch.save(official, path)
+    else:
+        save_file(official, path)
+    damage(path, kind, official)
+    with pytest.raises(CheckpointError, match=re.escape('source')):
+        convert_file(path, tmp_path / 'out')
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_refusal_names_what_the_file_wanted(tmp_path):
+    torch.save({'model': Malicious()}, tmp_path / 'evil.pth')
+    with pytest.raises(CheckpointError, match=r'asks to import (posix|nt)\.system\. Nothing in it was run'):
+        read_checkpoint(tmp_path / 'evil.pth')
+
+
+@pytest.mark.parametrize('dtype', [None, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_converted_directory_is_verified_and_loads(suffix, dtype, official, small, tmp_path):
+    source = tmp_path / f'source{suffix}'
+    torch.save({'model': official}, source) if suffix == '.pth' else save_file(official, source)
+    facts = convert_file(source, tmp_path / 'out', dtype=dtype)
+    assert facts['num_classes'] == 7 and facts['model'] == 'crossformer_pp_small'
+    assert all(check['ok'] for check in verify_directory(tmp_path / 'out', source))
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    assert torch.equal(model.norm.weight, small.norm.weight.to(dtype or torch.float32).float())
+
+
+@pytest.mark.parametrize('damaged', ['hash', 'keys', 'nan', 'config', 'file', 'against'])
+def test_verify_finds_damage(damaged, official, tmp_path):
+    source, out = tmp_path / 'source.pth', tmp_path / 'out'
+    torch.save(official, source)
+    convert_file(source, out)
+    weights = load_file(out / 'model.safetensors')
+    if damaged == 'hash':
+        weights['norm.bias'] += 1
+    elif damaged == 'keys':
+        del weights['norm.bias']
+    elif damaged == 'nan':
+        weights['norm.bias'] *= float('nan')
+    elif damaged == 'config':
+        (out / 'config.json').write_text('{')
+    elif damaged == 'against':
+        torch.save({**official, 'norm.bias': official['norm.bias'] + 1e-3}, source)
+    if damaged == 'file':
+        (out / 'model.safetensors').unlink()
+    elif damaged in ('hash', 'keys', 'nan'):
+        save_file(weights, out / 'model.safetensors')
+    assert not all(check['ok'] for check in verify_directory(out, source))
+
+
+def test_options_of_convert(official, tmp_path):
+    torch.save(official, tmp_path / 's.pth')
+    facts = convert_file(tmp_path / 's.pth', tmp_path / 'a', group_size=(3, 3, 3, 3), interval=2, num_classes=0)
+    assert facts['num_classes'] == 0 and facts['args']['group_size'] == (3, 3, 3, 3)
+    model = timm.create_model(f'local-dir:{tmp_path / "a"}', pretrained=True)
+    assert model.num_classes == 0 and model.stages[1].blocks[1].attn.interval == 2
+    for kwargs, message in [
+        (dict(num_classes=5), 'num_classes'),
+        (dict(model='crossformer_tiny'), 'crossformer_tiny'),
+        (dict(model='resnet50'), 'is one of'),
+        (dict(expected_sha256='00'), 'sha256'),
+        (dict(container='ema'), "under 'ema'"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            convert_file(tmp_path / 's.pth', tmp_path / 'b', **kwargs)
+    assert not (tmp_path / 'b').exists()
+    with pytest.raises(CheckpointError, match='overwrite'):
+        convert_file(tmp_path / 's.pth', tmp_path / 'a')
+    convert_file(tmp_path / 's.pth', tmp_path / 'a', overwrite=True)
+    assert all(check['ok'] for check in verify_directory(tmp_path / 'a'))
+
+
+def test_fp16_beyond_its_range_is_refused(official, tmp_path):
+    torch.save({**official, 'norm.weight': official['norm.weight'] * 1e6}, tmp_path / 's.pth')
+    with pytest.raises(CheckpointError, match=r'`norm\.weight` has values beyond the range'):
+        convert_file(tmp_path / 's.pth', tmp_path / 'out', dtype=torch.float16)
+    assert not (tmp_path / 'out').exists()
+
+
+# Whatever is done to the keys, the model is right or there is an error
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_change_of_keys_gives_a_silently_wrong_model(official, small, data):
+    source = dict(official)
+    keys = sorted(source)
+    actions = st.sampled_from(['drop', 'rename', 'swap', 'prefix', 'add', 'stage'])
+    for action in data.draw(st.lists(actions, max_size=3)):
+        key = data.draw(st.sampled_from(keys))
+        if key not in source:
+            continue
+        if action == 'drop':
+            del source[key]
+        elif action == 'rename':
+            new = key.replace(*data.draw(st.sampled_from([
+                ('blocks.0', 'blocks.1'), ('norm1', 'norm2'), ('weight', 'bias'), ('layers.', 'layer.'), ('0', '1')])))
+            source[new] = source.pop(key)
+        elif action == 'swap':
+            other = data.draw(st.sampled_from(keys))
+            if other in source and source[other].shape != source[key].shape:
+                source[key], source[other] = source[other], source[key]
+        elif action == 'prefix':
+            prefix = data.draw(st.sampled_from(['module.', 'backbone.', 'model.', 'x']))
+            source = {f'{prefix}{name}': tensor for name, tensor in source.items()}
+        elif action == 'add':
+            source[data.draw(st.sampled_from(['extra', f'{key}.extra', f'module.{key}', f'{key[:-1]}']))] = source[key]
+        elif action == 'stage':
+            source = {name.replace('layers.1', 'layers.2'): tensor for name, tensor in source.items()}
+    model = fresh()
+    try:
+        model.load_state_dict(source)
+    except (CheckpointError, RuntimeError):
+        return
+    assert same(model, small)
