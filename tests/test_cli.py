@@ -1,0 +1,170 @@
+"""The command line: data on stdout, notes on stderr, exit codes that mean something."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_crossformer
+from timm_crossformer import cli, hub, viz
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('source') / 'own.pth'
+    torch.save({'model': timm.create_model('test_crossformer').state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def converted(source):
+    hub.convert_file(source, source.parent / 'converted')
+    return source.parent / 'converted'
+
+
+@pytest.fixture(scope='module')
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp('photo') / 'photo.png'
+    pixels = np.random.RandomState(0).randint(0, 255, (70, 90, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def run(capsys, *argv):
+    code = cli.main([str(arg) for arg in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def run_json(capsys, *argv):
+    code, out, _ = run(capsys, *argv, '--json')
+    return code, json.loads(out)
+
+
+def test_list(capsys):
+    code, records = run_json(capsys, 'list')
+    assert code == cli.OK and {'tag', 'params', 'gmacs', 'metrics', 'hub'} <= set(records[0])
+    code, out, _ = run(capsys, 'list', '*tiny')
+    assert code == cli.OK and '27.8M' in out and '81.5' in out and hub.NAMESPACE in out and 'large' not in out
+    assert run(capsys, 'list', 'nothing')[0] == cli.USAGE
+
+
+def test_convert_verify_push(capsys, source, tmp_path):
+    directory = tmp_path / 'out'
+    code, facts = run_json(capsys, 'convert', source, directory, '--dtype', 'fp16', '--license', 'mit')
+    assert code == cli.OK and facts['model'] == 'test_crossformer' and facts['dtype'] == 'float16'
+    assert facts['sha256'] == hub.sha256(directory / 'model.safetensors')
+    assert {path.name for path in directory.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
+    code, out, _ = run(capsys, 'verify', directory, '--against', source)
+    assert code == cli.OK and 'outputs differ by' in out and 'FAIL' not in out
+    code, result = run_json(capsys, 'push', directory, 'me/model', '--dry-run')
+    assert code == cli.OK and result['files']['model.safetensors'] == facts['size']
+
+
+def test_convert_says_what_it_wrote_and_how_to_load_it(capsys, source, tmp_path):
+    code, out, _ = run(capsys, 'convert', source, tmp_path / 'out')
+    assert code == cli.OK and f'timm.create_model("local-dir:{tmp_path / "out"}", pretrained=True)' in out
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('7', 7), ('4,4,14,7', (4, 4, 14, 7)), ('8x11', ((8, 11),) * 4), ('8x11,4,4,2', ((8, 11), 4, 4, 2)),
+])
+def test_group_size_option(text, expected):
+    assert cli._group_size(text) == expected
+
+
+@pytest.mark.parametrize('argv', [
+    [], ['unknown'], ['convert', 'x'], ['convert', 'a', 'b', '--group-size', 'x'],
+    ['convert', 'a', 'b', '--interval', 'x'], ['convert', 'a', 'b', '--dtype', 'int8'],
+], ids=' '.join)
+def test_wrong_usage_exits_with_2(capsys, argv):
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    assert e.value.code == cli.USAGE and 'usage' in capsys.readouterr().err
+
+
+def test_refused_checkpoint_exits_with_1_and_no_traceback(capsys, tmp_path):
+    (tmp_path / 'bad.pth').write_bytes(b'nothing')
+    code, out, err = run(capsys, 'convert', tmp_path / 'bad.pth', tmp_path / 'out')
+    assert code == cli.REFUSED and not out and 'bad.pth' in err and 'Traceback' not in err
+    assert run(capsys, 'convert', tmp_path / 'none.pth', tmp_path / 'out')[0] == cli.REFUSED
+
+
+def test_failed_check_exits_with_1(capsys, converted, tmp_path):
+    for path in converted.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:-1])
+    code, report = run_json(capsys, 'verify', tmp_path)
+    assert code == cli.REFUSED and report['ok'] is False
+
+
+def test_absent_weights_exit_with_3(capsys, monkeypatch, photo):
+    monkeypatch.setattr(hub.huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(hub.huggingface_hub.constants, 'HF_HUB_CACHE', str(photo.parent))
+    code, _, err = run(capsys, 'classify', photo, '--model', 'crossformer_tiny')
+    assert code == cli.NETWORK and 'timm-crossformer convert FILE DIR' in err
+
+
+@pytest.mark.parametrize('weights', ['file', 'directory'])
+def test_classify(capsys, source, converted, photo, weights):
+    code, results = run_json(
+        capsys, 'classify', photo, photo, '--weights', source if weights == 'file' else converted, '--topk', 3)
+    assert code == cli.OK and len(results) == 2 and len(results[0]['classes']) == 3
+    probabilities = [c['probability'] for c in results[0]['classes']]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert results[0]['classes'][0]['name'] != f'class {results[0]["classes"][0]["index"]}'  # ImageNet's names
+
+
+def test_features_are_listed_and_drawn(capsys, converted, photo, tmp_path):
+    code, results = run_json(capsys, 'features', photo, '--weights', converted, '--out', tmp_path / 'levels.png')
+    assert code == cli.OK
+    assert [level['shape'] for level in results[0]['levels']] == [[32, 40, 40], [48, 20, 20], [64, 10, 10], [96, 5, 5]]
+    with Image.open(tmp_path / 'levels.png') as picture:
+        assert picture.width > 4 * picture.height > 0
+
+
+def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    with pytest.raises(ImportError, match=r'pip install timm_crossformer\[viz\]'):
+        viz.draw_pyramids([torch.zeros(3, 4, 4)], [[torch.zeros(8, 2, 2)]], tmp_path / 'x.png')
+
+
+def test_colors_of_a_flat_or_tiny_level_are_finite():
+    for level in (torch.zeros(8, 3, 3), torch.rand(8, 1, 1), torch.rand(2, 3, 1)):
+        assert torch.isfinite(viz.principal_colors(level)).all()
+
+
+def test_images_that_are_none_are_refused(capsys, converted, tmp_path):
+    (tmp_path / 'x.jpg').write_text('x')
+    code, _, err = run(capsys, 'classify', tmp_path / 'x.jpg', '--weights', converted)
+    assert code == cli.REFUSED and 'is no image' in err
+
+
+def test_exec_registers_the_variants(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', list(sys.argv))
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import sys, timm\nassert __name__ == "__main__"\n'
+        'print(timm.is_model("crossformer_tiny"), *sys.argv[1:])\nsys.exit(int(sys.argv[-1]))\n')
+    for code in (0, 5):
+        with pytest.raises(SystemExit) as e:
+            run(capsys, 'exec', script, '--flag', code)
+        assert e.value.code == code
+    assert capsys.readouterr().out.startswith('True --flag 0')
+    script.write_text('raise KeyError(1)\n')
+    code, _, err = run(capsys, 'exec', script)
+    assert code == cli.REFUSED and 'KeyError' in err
+    assert run(capsys, 'exec', tmp_path / 'none.py')[0] == cli.USAGE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'command', [[sys.executable, '-m', 'timm_crossformer'], ['timm-crossformer']], ids=['module', 'script'])
+def test_installed_command(command):
+    out = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True).stdout
+    assert timm_crossformer.__version__ in out
