@@ -88,7 +88,7 @@ class DynamicPosBias(nn.Module):
     def _exact_table(self, height: int, width: int) -> Tensor:
         """Compute the table in the precision of the parameters: the same under autocast, in training and after."""
         device_type = self.mlp[1].weight.device.type
-        if not torch.is_autocast_enabled(device_type):
+        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
             return self._table(height, width)
         with torch.autocast(device_type, enabled=False):
             return self._table(height, width)
