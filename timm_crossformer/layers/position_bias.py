@@ -134,7 +134,14 @@ def _fingerprint(params) -> Any:
         return None
     if all(p.device.type == 'cpu' for p in params):
         return torch.cat([p.detach().flatten() for p in params])
+    return _versions(params)
+
+
+def _versions(params) -> Any:
     if any(p.is_inference() for p in params):  # these have no version counter
+        return None
+    # FSDP gathers new values into the same Parameter without counting, and often at the same address.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         return None
     return [(p.data_ptr(), p._version, p.dtype, p.device) for p in params]
 
