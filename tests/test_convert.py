@@ -413,6 +413,20 @@ def test_damaged_files_end_in_an_error_and_leave_nothing(suffix, kind, official,
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def test_damaged_local_directory_is_named(official, tmp_path):
+    torch.save(official, tmp_path / 's.pth')
+    convert_file(tmp_path / 's.pth', tmp_path / 'out')
+    weights = tmp_path / 'out' / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r'out.*no intact safetensors'):
+        timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+
+
+def test_safetensors_is_known_by_content(official, tmp_path):
+    save_file(official, tmp_path / 'blob')
+    assert read_checkpoint(tmp_path / 'blob').keys() == official.keys()
+
+
 def test_refusal_names_what_the_file_wanted(tmp_path):
     torch.save({'model': Malicious()}, tmp_path / 'evil.pth')
     with pytest.raises(CheckpointError, match=r'asks to import (posix|nt)\.system\. Nothing in it was run'):

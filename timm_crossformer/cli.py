@@ -184,7 +184,8 @@ def _convert(args: argparse.Namespace) -> int:
         _note('A backbone without final norm and classifier: use it with features_only=True.')
     arguments = ', '.join(f'{key}={value}' for key, value in facts['args'].items())
     _emit(facts, args, '\n'.join([
-        f'{facts["directory"]}: {facts["model"]}({arguments}) from {facts["origin"]} weights',
+        f'{facts["directory"]}: {facts["model"]}({arguments}) from {facts["origin"]} weights'
+        + (f' under {facts["container"]}' if facts['container'] else ''),
         f'  {facts["params"] / 1e6:.1f}M parameters, {facts["num_classes"]} classes, {facts["dtype"]}, '
         f'{_size(facts["size"])}',
         f'  sha256 {facts["sha256"]}',

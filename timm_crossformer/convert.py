@@ -3,6 +3,7 @@
 The only file that knows foreign key names. Everything that loads weights passes through `convert_state_dict`: the
 model's own `load_state_dict`, timm's `pretrained=True` and the command line.
 """
+import math
 import re
 import warnings
 import zipfile
@@ -24,8 +25,9 @@ _SHOWN = 100  # keys an error lists before it only counts
 _MAX_KEYS = 100_000  # of a checkpoint; the largest CrossFormer in a detector with optimizer has a few thousand
 _MAX_PICKLE = 64 * 2 ** 20  # bytes of a .pth's structure, without its tensors; real ones have less than one MiB
 
-# Where containers keep weights, the preferred first: as in timm, an exponential moving average wins.
-CONTAINER_KEYS = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema', 'state_dict', 'model', 'state', 'module')
+# Where containers keep weights, the preferred first. As in timm, an exponential moving average wins; but where mmengine
+# writes `ema_state_dict`, it has put the average into `state_dict`.
+CONTAINER_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'state', 'module', 'ema_state_dict', 'ema')
 
 
 class CheckpointError(ValueError, RuntimeError):
@@ -387,7 +389,7 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
         raise CheckpointError(f'A checkpoint needs to be a file, got {path}. Check the path.')
     size = path.stat().st_size
     try:
-        if path.suffix == '.safetensors':
+        if _is_safetensors(path, size):
             checkpoint = load_file(path)
         else:
             archive = zipfile.is_zipfile(path)
@@ -415,6 +417,13 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
             f'The tensors of a file cannot be larger than the file, {path} has {size} bytes and claims {claimed}. '
             'Save contiguous tensors, without sharing.')
     return checkpoint
+
+
+def _is_safetensors(path: Path, size: int) -> bool:
+    """Tell safetensors by suffix, or by content: the length of a header, and the header, in JSON."""
+    with open(path, 'rb') as file:
+        start = file.read(9)
+    return path.suffix == '.safetensors' or (start[8:] == b'{' and int.from_bytes(start[:8], 'little') < size)
 
 
 def _check_archive(path: Path, size: int) -> None:
@@ -579,8 +588,9 @@ def check_values(parsed: Checkpoint) -> None:
     Raises:
         CheckpointError: Some are not.
     """
+    # A finite sum needs finite values and is quick to have; fp16 may overflow, so only then are values looked at.
     infinite = [parsed.source_keys[key] for key, tensor in parsed.state_dict.items()
-                if not tensor.is_meta and not torch.isfinite(tensor).all()]
+                if not tensor.is_meta and not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all()]
     if infinite:
         raise CheckpointError(
             f'Weights need finite values, {len(infinite)} have NaN or infinity: {_listed(infinite)}. '

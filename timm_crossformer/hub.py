@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
@@ -108,16 +109,17 @@ def _check_download(path: Path, repo: str, filename: str) -> None:
 
 @contextmanager
 def explain_failure(cfg: Dict[str, Any], errors: Any = (FetchError, SafetensorError, OSError)) -> Iterator[None]:
-    """Turn whatever prevents weights from being fetched into one message with the remedy."""
+    """Turn whatever prevents weights from being fetched or read into one message with the remedy."""
     repo = _repository(cfg)
-    if not repo:
-        yield
-        return
     try:
         yield
     except CheckpointError:
         raise
     except errors as e:
+        if not repo:
+            if isinstance(e, SafetensorError):
+                raise CheckpointError(f'{cfg["file"]}: no intact safetensors file, {e}. Convert it again.') from e
+            raise
         if isinstance(e, FetchError) and 'Asked:' in str(e):
             raise
         filename = cfg.get('hf_hub_filename') or WEIGHTS_NAME
@@ -196,14 +198,14 @@ def convert_file(
         raise CheckpointError(f'The output needs to be a directory, {directory} is a file. Name another one.')
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise CheckpointError(f'{directory} has files already. Name another directory, or pass `--overwrite`.')
-    checkpoint = read_checkpoint(source)
-    source_hash = sha256(source, progress)
+    with ThreadPoolExecutor() as pool:  # hashing reads the file a second time: beside the first, not after it
+        hashing = pool.submit(sha256, source, progress) if source.is_file() else None
+        parsed = parse_state_dict(read_checkpoint(source), container)
+        check_values(parsed)
+        source_hash = hashing.result() if hashing else ''
     if expected_sha256 and not source_hash.startswith(expected_sha256.lower()):
         raise CheckpointError(
             f'{source} needs a sha256 beginning with {expected_sha256}, got {source_hash}. Fetch it again.')
-    parsed = parse_state_dict(checkpoint, container)
-    del checkpoint
-    check_values(parsed)
     name, args = _variant(parsed, model)
     for key, value in dict(
             group_size=group_size, lda_group_size=lda_group_size, interval=interval, lda_grouping=lda_grouping).items():
@@ -222,7 +224,10 @@ def convert_file(
         del tensors
         if progress is not None:
             progress(source.stat().st_size)
-        written_hash = sha256(weights, progress)
+        with ThreadPoolExecutor() as pool:
+            syncing = pool.submit(_sync, weights)
+            written_hash = sha256(weights, progress)
+            syncing.result()
         facts = {
             'model': name,
             'args': args,
