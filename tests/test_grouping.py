@@ -17,7 +17,8 @@ from timm_crossformer.layers.grouping import (
 )
 
 GROUPINGS = ('sda', 'map', 'region', 'grid')
-SIZES = [(1, 1), (1, 9), (3, 3), (4, 4), (5, 5), (4, 17), (8, 8), (9, 13), (16, 16), (17, 31), (23, 5), (24, 40), (33, 33)]
+SIZES = [
+    (1, 1), (1, 9), (3, 3), (4, 4), (5, 5), (4, 17), (8, 8), (9, 13), (16, 16), (17, 31), (23, 5), (24, 40), (33, 33)]
 
 
 def slow_axis_groups(n, size, interval, grouping):
@@ -64,7 +65,8 @@ def as_tokens(groups, w):
 
 @pytest.mark.parametrize('grouping', GROUPINGS)
 @pytest.mark.parametrize('size', SIZES, ids=str)
-@pytest.mark.parametrize(('group', 'interval'), [((4, 4), 4), ((4, 4), 1), ((3, 5), 2), ((7, 7), 8), ((1, 1), 3)], ids=str)
+@pytest.mark.parametrize(
+    ('group', 'interval'), [((4, 4), 4), ((4, 4), 1), ((3, 5), 2), ((7, 7), 8), ((1, 1), 3)], ids=str)
 def test_members_match_the_slow_loop(size, group, interval, grouping):
     h, w = size
     expected = slow_groups(h, w, group, interval, grouping)

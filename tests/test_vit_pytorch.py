@@ -52,6 +52,6 @@ def test_other_sizes_run_where_vit_pytorch_raises():
     reference, model = pair((256, 256), dim=(32, 64, 64, 96), depth=(1, 1, 1, 1))
     x = noise(1, 3, 256, 384)
     with torch.inference_mode():
-        with pytest.raises(Exception, match='divide|divisible'):
+        with pytest.raises(Exception, match=r'divide|divisible'):
             reference(x)
         assert model(x).isfinite().all()

@@ -1,13 +1,11 @@
 """Read constructor arguments that may be given once, per stage or per block."""
-from typing import List, Sequence, Tuple, TypeVar, Union
+from typing import Any, List, Sequence, Tuple, Union
 
 StageSize = Union[int, Tuple[int, int], List[int], List[Tuple[int, int]]]
 GroupSize = Union[int, Sequence[StageSize]]
 
-T = TypeVar('T')
 
-
-def per_stage(name: str, value: Union[T, Sequence[T]], stages: int) -> List[T]:
+def per_stage(name: str, value: Any, stages: int) -> List[Any]:
     """Spread a scalar over the stages, or check that a sequence has one entry for each.
 
     Raises:

@@ -3,7 +3,7 @@
 Papers: CrossFormer (ICLR 2022, arXiv 2108.00154), CrossFormer++ (TPAMI 2023, arXiv 2303.06908).
 Differences from the official code are listed in the README.
 """
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union, cast
 
 import torch
 from timm.layers import (
@@ -42,7 +42,7 @@ class CrossFormerBlock(nn.Module):
             attn_drop: float = 0.,
             drop_path: float = 0.,
             norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-            act_layer: Callable[..., nn.Module] = nn.GELU,
+            act_layer: Type[nn.Module] = nn.GELU,
             device=None,
             dtype=None,
     ):
@@ -225,7 +225,7 @@ class CrossFormer(nn.Module):
             raise ValueError(f'`depths` needs at least one block per stage, got {depths}.')
         if isinstance(embed_dim, int):
             embed_dim = [embed_dim * 2 ** i for i in range(stages)]
-        dims = per_stage('embed_dim', embed_dim, stages)
+        dims: List[int] = per_stage('embed_dim', embed_dim, stages)
         heads = per_stage('num_heads', num_heads, stages)
         for i, (dim, head) in enumerate(zip(dims, heads, strict=True)):
             if head < 1 or (head_dim is None and dim % head):
@@ -237,8 +237,8 @@ class CrossFormer(nn.Module):
         if pos_bias not in ('paper', 'lucidrains'):
             raise ValueError(f"`pos_bias` is 'paper' or 'lucidrains', got {pos_bias!r}.")
         mlp_ratios = per_stage('mlp_ratio', mlp_ratio, stages)
-        norm_layer = get_norm_layer(norm_layer)
-        act_layer = get_act_layer(act_layer)
+        norm = cast(Callable[..., nn.Module], get_norm_layer(norm_layer))
+        act = cast(Type[nn.Module], get_act_layer(act_layer))
         if img_size is not None and min(to_2tuple(img_size)) < 1:
             raise ValueError(f'`img_size` needs at least 1 pixel per side, got {img_size}.')
 
@@ -255,10 +255,11 @@ class CrossFormer(nn.Module):
             dims[0],
             kernel_sizes=(4, 8, 16, 32),
             stride=4,
-            norm_layer=norm_layer if stage_norm else None,
+            norm_layer=norm if stage_norm else None,
             **dd,
         )
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = cast(
+            List[List[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         self.stages = nn.Sequential(*[
             CrossFormerStage(
                 dims[max(i - 1, 0)],
@@ -275,14 +276,14 @@ class CrossFormer(nn.Module):
                 qkv_bias=qkv_bias,
                 proj_drop=proj_drop_rate,
                 attn_drop=attn_drop_rate,
-                norm_layer=norm_layer,
-                act_layer=act_layer,
+                norm_layer=norm,
+                act_layer=act,
                 **dd,
             )
             for i in range(stages)
         ])
         self._set_groups(group_size, lda_group_size, interval, lda_grouping, fit_groups)
-        self.norm = norm_layer(self.num_features, **dd) if stage_norm else nn.Identity()
+        self.norm = norm(self.num_features, **dd) if stage_norm else nn.Identity()
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.apply(_init_weights)
@@ -306,7 +307,7 @@ class CrossFormer(nn.Module):
         if lda_group_size is not None:
             lda_sizes = resolve_group_size('lda_group_size', lda_group_size, self.depths)
         for i, stage in enumerate(self.stages):
-            for j, block in enumerate(stage.blocks):
+            for j, block in enumerate(cast(List[CrossFormerBlock], stage.blocks)):
                 size, grouping = (lda_sizes[i][j], lda_grouping) if j % 2 else (sda_sizes[i][j], 'sda')
                 block.attn.set_groups(size, intervals[i], grouping, fit_groups)
         self.group_size = group_size
@@ -403,7 +404,7 @@ class CrossFormer(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass, for less memory."""
-        for stage in self.stages:
+        for stage in cast(List[CrossFormerStage], self.stages):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore

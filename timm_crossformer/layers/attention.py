@@ -1,5 +1,5 @@
 """Multi-head attention inside groups, with dynamic position bias: SDA and LDA alike."""
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -238,7 +238,7 @@ def _(qkv: Tensor, *_) -> Tensor:
 
 def _opaque_layout(layout: Layout) -> Layout:
     """Hide from the tracer how a layout follows from the size of the map: it would carry the formulas everywhere."""
-    regions, size, interval = [torch.scalar_tensor(n, dtype=torch.long).item() for n in layout]
-    for n in (regions, size, interval):
+    opaque: List[Any] = [torch.scalar_tensor(n, dtype=torch.long).item() for n in layout]
+    for n in opaque:
         torch._check(n >= 1)
-    return regions, size, interval
+    return opaque[0], opaque[1], opaque[2]

@@ -58,8 +58,12 @@ class DynamicPosBias(nn.Module):
         return self._eager_table(height, width)
 
     def _table(self, height: int, width: int) -> Tensor:
-        weight = self.mlp[1].weight
+        weight = self._weight()
         return self.mlp(_offsets(height, width, self.legacy_size, weight.device).to(weight.dtype)).permute(2, 0, 1)
+
+    def _weight(self) -> Tensor:
+        """Return a parameter that tells device and dtype; quantisation leaves norms alone."""
+        return self.mlp[1].weight
 
     @torch.jit.unused
     def _eager_table(self, height: int, width: int) -> Tensor:
@@ -87,7 +91,7 @@ class DynamicPosBias(nn.Module):
     @torch.jit.unused
     def _exact_table(self, height: int, width: int) -> Tensor:
         """Compute the table in the precision of the parameters: the same under autocast, in training and after."""
-        device_type = self.mlp[1].weight.device.type
+        device_type = self._weight().device.type
         if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
             return self._table(height, width)
         with torch.autocast(device_type, enabled=False):
