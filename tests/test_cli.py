@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,7 +165,8 @@ def test_exec_registers_the_variants(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'command', [[sys.executable, '-m', 'timm_crossformer'], ['timm-crossformer']], ids=['module', 'script'])
+    'command', [[sys.executable, '-m', 'timm_crossformer'], [str(Path(sys.executable).with_name('timm-crossformer'))]],
+    ids=['module', 'script'])
 def test_installed_command(command):
     out = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True).stdout
     assert timm_crossformer.__version__ in out

@@ -490,6 +490,25 @@ def test_options_of_convert(official, tmp_path):
     assert all(check['ok'] for check in verify_directory(tmp_path / 'a'))
 
 
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_interrupted_writing_leaves_what_was_there(official, tmp_path, monkeypatch, overwrite):
+    torch.save(official, tmp_path / 's.pth')
+    before = {}
+    if overwrite:
+        convert_file(tmp_path / 's.pth', tmp_path / 'out')
+        before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+
+    def half(tensors, path, **kwargs):
+        path.write_bytes(b'half')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_crossformer.hub.save_file', half)
+    with pytest.raises(KeyboardInterrupt):
+        convert_file(tmp_path / 's.pth', tmp_path / 'out', overwrite=overwrite)
+    assert sorted(path.name for path in tmp_path.iterdir()) == (['out', 's.pth'] if overwrite else ['s.pth'])
+    assert not overwrite or {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()} == before
+
+
 def test_fp16_beyond_its_range_is_refused(official, tmp_path):
     torch.save({**official, 'norm.weight': official['norm.weight'] * 1e6}, tmp_path / 's.pth')
     with pytest.raises(CheckpointError, match=r'`norm\.weight` has values beyond the range'):
