@@ -141,3 +141,20 @@ def test_torchrun(data, tmp_path):
     subprocess.run([*command, *arguments(data, tmp_path, '--img-size', '16')], check=True, timeout=300)
     assert len(rows_of(tmp_path)) == 2
     assert float(rows_of(tmp_path)[-1]['train_loss']) < float(rows_of(tmp_path)[0]['train_loss'])
+
+
+def test_bundled_weights_are_those_that_were_measured():
+    from timm_crossformer.hub import manifest, sha256, weights_dir
+
+    record = next(record for record in manifest() if record['tag'] == 'test_crossformer.cifar10')
+    weights = weights_dir() / record['bundled']
+    assert (record['size'], record['sha256']) == (weights.stat().st_size, sha256(weights))
+    assert record['size'] < 4e6
+    results = SCRIPT.parent / 'results' / 'train' / 'test_crossformer.cifar10'
+    with open(results / 'accuracy.csv', newline='') as file:
+        row, = csv.DictReader(file)
+    metric, = record['metrics']
+    assert metric['value'] == float(row['accuracy'])
+    assert metric['dataset'].startswith(row['data'])
+    assert row['images'] == '10000'
+    assert float(rows_of(results)[-1]['accuracy']) == pytest.approx(metric['value'], abs=0.3)  # bf16, and fp16 weights
