@@ -7,13 +7,6 @@ import torch
 
 import timm_crossformer  # noqa: F401
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
 
 @pytest.fixture(scope='session')
 def client():
