@@ -18,7 +18,7 @@ from timm_crossformer import cli, hub, viz
 def source(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp('source') / 'own.pth'
-    torch.save({'model': timm.create_model('test_crossformer').state_dict()}, path)
+    torch.save({'model': timm.create_model('test_crossformer', num_classes=1000).state_dict()}, path)
     return path
 
 
@@ -123,9 +123,19 @@ def test_classify(capsys, source, converted, photo, weights):
 def test_features_are_listed_and_drawn(capsys, converted, photo, tmp_path):
     code, results = run_json(capsys, 'features', photo, '--weights', converted, '--out', tmp_path / 'levels.png')
     assert code == cli.OK
-    assert [level['shape'] for level in results[0]['levels']] == [[32, 40, 40], [48, 20, 20], [64, 10, 10], [96, 5, 5]]
+    side = json.loads((converted / 'config.json').read_text())['pretrained_cfg']['input_size'][-1]
+    expected = [[dim, side // 4 // 2 ** i, side // 4 // 2 ** i] for i, dim in enumerate((32, 48, 64, 96))]
+    assert [level['shape'] for level in results[0]['levels']] == expected
     with Image.open(tmp_path / 'levels.png') as picture:
         assert picture.width > 4 * picture.height > 0
+
+
+def test_grey_images(capsys, photo, tmp_path):
+    torch.save(timm.create_model('test_crossformer', in_chans=1, num_classes=4).state_dict(), tmp_path / 'grey.pth')
+    code, results = run_json(capsys, 'classify', photo, '--weights', tmp_path / 'grey.pth')
+    assert code == cli.OK and [c['name'] for c in results[0]['classes']].count('class 0') == 1
+    code, _, _ = run(capsys, 'features', photo, '--weights', tmp_path / 'grey.pth', '--out', tmp_path / 'grey.png')
+    assert code == cli.OK and (tmp_path / 'grey.png').stat().st_size > 0
 
 
 def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):

@@ -25,11 +25,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return args.run(args)
     except FetchError as e:
         return _fail(str(e), NETWORK)
-    except (ValueError, OSError, ImportError) as e:  # CheckpointError is a ValueError
-        return _fail(str(e), REFUSED)
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except (ValueError, OSError, ImportError) as e:  # CheckpointError is a ValueError
+        return _fail(str(e), REFUSED)
     except KeyboardInterrupt:
         return _fail('interrupted, nothing was left behind', 130)
 
@@ -244,14 +244,29 @@ def _load(args: argparse.Namespace, **kwargs: Any) -> Any:
     return load_model(args.model, args.weights, **kwargs)
 
 
-def _read_image(path: str) -> Any:
+def _reader(model: Any) -> Any:
+    """Return a function that reads an image as the model wants it, and mean and std to undo its normalisation."""
+    import torch
     from PIL import Image, UnidentifiedImageError
+    from timm.data import create_transform, resolve_data_config
 
-    try:
-        with Image.open(path) as image:
-            return image.convert('RGB')
-    except UnidentifiedImageError:
-        raise ValueError(f'{path} is no image. Pass a JPEG, PNG or any other format Pillow reads.') from None
+    config = resolve_data_config({}, model=model)
+    channels = model.in_chans
+    if channels not in (1, 3):
+        raise ValueError(f'Images have 1 or 3 channels, the model takes {channels}. Use it from Python.')
+    for key in ('mean', 'std'):
+        if len(config[key]) != channels:  # a grey value is an average, and so are its statistics
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    transform = create_transform(**config)
+
+    def read(path: str) -> torch.Tensor:
+        try:
+            with Image.open(path) as image:
+                return transform(image.convert('L' if channels == 1 else 'RGB'))
+        except UnidentifiedImageError:
+            raise ValueError(f'{path} is no image. Pass a JPEG, PNG or any other format Pillow reads.') from None
+
+    return read, *(torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
 
 
 def _add_classify(subparsers: Any) -> None:
@@ -262,20 +277,18 @@ def _add_classify(subparsers: Any) -> None:
 
 def _classify(args: argparse.Namespace) -> int:
     import torch
-    from timm.data import create_transform, resolve_data_config
 
     if args.topk < 1:
         return _fail(f'--topk needs at least 1, got {args.topk}.', USAGE)
     model = _load(args)
     if model.num_classes == 0:
         return _fail('these weights have no classifier. Use `features`, or weights of a classifier.', REFUSED)
-    transform = create_transform(**resolve_data_config({}, model=model))
+    read, _, _ = _reader(model)
     names = _class_names(model)
     results: List[Dict[str, Any]] = []
     with torch.inference_mode(), _progress('classify', len(args.images), unit='image') as progress:
         for path in args.images:
-            image = _read_image(path).convert('L' if model.in_chans == 1 else 'RGB')
-            scores = model(transform(image)[None])[0].softmax(dim=0)
+            scores = model(read(path)[None])[0].softmax(dim=0)
             top = scores.topk(min(args.topk, len(scores)))
             results.append({'image': path, 'classes': [
                 {'index': int(i), 'name': names(int(i)), 'probability': round(float(p), 6)}
@@ -307,16 +320,13 @@ def _add_features(subparsers: Any) -> None:
 
 def _features(args: argparse.Namespace) -> int:
     import torch
-    from timm.data import create_transform, resolve_data_config
 
     model = _load(args, features_only=True)
-    config = resolve_data_config({}, model=model)
-    transform = create_transform(**config)
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+    read, mean, std = _reader(model)
     pictures, pyramids, results = [], [], []
     with torch.inference_mode(), _progress('features', len(args.images), unit='image') as progress:
         for path in args.images:
-            image = transform(_read_image(path))
+            image = read(path)
             levels = [level[0] for level in model(image[None])]
             pictures.append(image * std + mean)
             pyramids.append(levels)

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -177,9 +178,10 @@ class Checkpoint:
             name = 'crossformer_pp_small' if args['cooling'] else 'crossformer_small'
             name = 'crossformer_lucidrains' if args['pos_bias'] == 'lucidrains' else name
             differing = {key: value for key, value in args.items() if value != _variants()[name][key]}
-        if num_classes != 1000:
+        default = timm.models.resolve_pretrained_cfg(name)
+        if num_classes != default.num_classes:
             differing['num_classes'] = num_classes
-        if in_chans != 3:
+        if in_chans != default.input_size[0]:
             differing['in_chans'] = in_chans
         if self.origin == 'official' and self.dense and args['cooling']:
             differing.update(group_size=7, interval=(8, 4, 2, 1))
@@ -338,7 +340,7 @@ def convert_state_dict(
     """
     try:
         parsed = parse_state_dict(checkpoint)
-        check_fit(parsed, model, partial=partial)
+        check_fit(parsed, model, partial=partial, adapt=True)
         check_values(parsed)
         _check_groups(parsed, model)
     except TypeError as e:  # timm would call again with one argument, and hide the cause
@@ -546,12 +548,19 @@ def _birder_facts(checkpoint: Mapping[str, Any]) -> Tuple[Dict[str, Any], Option
     return cfg, [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])]
 
 
-def check_fit(parsed: Checkpoint, model: nn.Module, complete: bool = False, partial: bool = False) -> None:
+def check_fit(
+        parsed: Checkpoint,
+        model: nn.Module,
+        complete: bool = False,
+        partial: bool = False,
+        adapt: bool = False,
+) -> None:
     """Check names and shapes against a model.
 
     Args:
         complete: Let nothing be missing.
         partial: Let anything be missing. Without either, the norm and classifier, or the classifier, may be.
+        adapt: Let the stem and classifier have other channels and classes, which timm adapts.
 
     Raises:
         CheckpointError: They differ.
@@ -563,7 +572,8 @@ def check_fit(parsed: Checkpoint, model: nn.Module, complete: bool = False, part
         raise _no_place(_name(model), parsed, rest)
     differing = [
         f'{parsed.source_keys[key]} {tuple(tensor.shape)} for {tuple(expected[key])}' for key, tensor in source.items()
-        if key in expected and tensor.shape != expected[key] and not _adaptable(key, tensor.shape, expected[key])
+        if key in expected and tensor.shape != expected[key]
+        and not (adapt and _adaptable(key, tensor.shape, expected[key]))
     ]
     if differing:
         raise CheckpointError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import huggingface_hub
+import timm
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -50,7 +51,8 @@ def bundled_weights() -> Iterator[Tuple[str, str, Dict[str, Any]]]:
     for record in manifest():
         path = weights_dir() / (record.get('bundled') or '')
         if path.is_file():
-            yield record['tag'], str(path), record['cfg']
+            cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in record['cfg'].items()}
+            yield record['tag'], str(path), cfg
 
 
 def _repository(cfg: Dict[str, Any]) -> Optional[str]:
@@ -251,8 +253,6 @@ def convert_file(
 
 def create(name: str, **kwargs: Any) -> Any:
     """Create a model with timm, with the variants registered."""
-    import timm
-
     from . import crossformer  # noqa: F401, registers the variants
 
     return timm.create_model(name, **kwargs)
@@ -550,10 +550,12 @@ def load_model(model: Optional[str] = None, weights: Optional[Union[str, Path]] 
         return create(f'local-dir:{weights}', pretrained=True, **kwargs).eval()
     parsed = parse_state_dict(read_checkpoint(weights))
     name, args = _variant(parsed, model)
-    cfg = dict(state_dict=parsed.state_dict, num_classes=args.get('num_classes', 1000), **parsed.pretrained_cfg)
+    shown = parsed.arguments()
+    cfg = dict(state_dict=parsed.state_dict, num_classes=shown['num_classes'], **parsed.pretrained_cfg)
     if parsed.label_names:
         cfg['label_names'] = tuple(parsed.label_names)
-    cfg['input_size'] = (args.get('in_chans', 3), *cfg.get('input_size', (3, 224, 224))[1:])
+    default = timm.models.resolve_pretrained_cfg(name)
+    cfg['input_size'] = (shown['in_chans'], *cfg.get('input_size', default.input_size)[1:])
     if parsed.dense and not kwargs.get('features_only'):
         raise CheckpointError(f'{weights} has no classifier. Use `features`, or weights of a classifier.')
     net = create(name, pretrained=True, pretrained_cfg_overlay=cfg, **{**args, **kwargs}).eval()
