@@ -1,4 +1,4 @@
-"""The command `timm-crossformer`: list, convert, verify, push, classify, features, exec.
+"""The command `timm-crossformer`: list, convert, verify, push, classify, features, export, exec.
 
 Data goes to stdout, notes and progress to stderr. Exit codes: 0 done; 1 a checkpoint was refused or a check failed;
 2 wrong usage; 3 weights could not be fetched or pushed.
@@ -345,6 +345,48 @@ def _features(args: argparse.Namespace) -> int:
     return OK
 
 
+def _add_export(subparsers: Any) -> None:
+    parser = _command(subparsers, 'export', _export, 'Export a model to ONNX, torch.export or OpenVINO.')
+    parser.add_argument('path', metavar='PATH', help='file to write: .onnx, .pt2 or .xml')
+    parser.add_argument('--model', metavar='NAME', required=True, help='as for timm.create_model; local-dir:DIR, too')
+    parser.add_argument('--pretrained', action='store_true', help='with the weights timm has for the name')
+    parser.add_argument('--format', choices=('onnx', 'torch', 'openvino'), default='onnx', help='(default: onnx)')
+    parser.add_argument('--features', action='store_true', help='export the pyramid instead of the classifier')
+    parser.add_argument('--dynamic', action='store_true', help='leave batch, height and width open, from 33 px up')
+    parser.add_argument('--size', type=_numbers, default=(224, 224), metavar='H,W', help='the size if not --dynamic')
+    parser.add_argument('--verify', action='store_true', help='run the file against the model')
+
+
+def _export(args: argparse.Namespace) -> int:
+    import timm
+
+    from . import crossformer  # noqa: F401, registers the variants
+    from .export import PROBES, export_model, verify_exported
+
+    size = (args.size, args.size) if isinstance(args.size, int) else args.size
+    if len(size) != 2:
+        return _fail(f'--size is one number, or height and width; got {args.size}.', USAGE)
+    pretrained = args.pretrained or args.model.startswith(('local-dir:', 'hf-hub:'))
+    model = timm.create_model(args.model, pretrained=pretrained, features_only=args.features).eval()
+    with _progress('export', 2 if args.verify else 1, unit='step') as progress:
+        traced = (230, 310) if args.dynamic else size  # of unlike sides, or they would be taken for one
+        path = export_model(model, args.path, args.format, traced, args.dynamic)
+        progress(1)
+        probes = PROBES if args.dynamic else [(1, *size)]
+        differences = verify_exported(model, path, probes) if args.verify else {}
+        progress(1)
+    result = {
+        'path': str(path), 'format': args.format, 'dynamic': args.dynamic, 'size': path.stat().st_size,
+        'verified': [{'batch': b, 'height': h, 'width': w, 'difference': d} for (b, h, w), d in differences.items()]}
+    lines = [f'{path}: {args.format}, {_size(path.stat().st_size)}'] + [
+        f'  {b} image{"s" * (b > 1)} of {h} x {w}: differs by {d:.1e} standard deviations'
+        for (b, h, w), d in differences.items()]
+    _emit(result, args, '\n'.join(lines))
+    if any(not d < 1e-3 for d in differences.values()):
+        return _fail(f'{path} does not reproduce the model.', REFUSED)
+    return OK
+
+
 def _add_exec(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         'exec', help="Run a Python script, timm's train.py for one, with the variants registered.")
@@ -381,5 +423,5 @@ def _progress(title: str, total: int, unit: str = 'B') -> Iterator[Callable[[int
 
 
 COMMANDS: List[Callable[[Any], None]] = [
-    _add_list, _add_convert, _add_verify, _add_push, _add_classify, _add_features, _add_exec,
+    _add_list, _add_convert, _add_verify, _add_push, _add_classify, _add_features, _add_export, _add_exec,
 ]

@@ -238,6 +238,8 @@ def _(qkv: Tensor, *_) -> Tensor:
 
 def _opaque_layout(layout: Layout) -> Layout:
     """Hide from the tracer how a layout follows from the size of the map: it would carry the formulas everywhere."""
+    if all(type(n) is int for n in layout):
+        return layout  # one size is exported
     opaque: List[Any] = [torch.scalar_tensor(n, dtype=torch.long).item() for n in layout]
     for n in opaque:
         torch._check(n >= 1)

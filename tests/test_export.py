@@ -1,0 +1,125 @@
+"""One graph for every size: torch.export, ONNX, OpenVINO, torch.compile."""
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from common import GROUPINGS, lively, noise, small
+
+from timm_crossformer.cli import main
+from timm_crossformer.export import export_model, export_program, load_exported, verify_exported
+
+# What exporters and runtimes say of themselves and of each other.
+pytestmark = [pytest.mark.filterwarnings(f'ignore::{name}') for name in (
+    'DeprecationWarning', 'FutureWarning', 'UserWarning', 'ImportWarning')]
+
+
+def shallow(**kwargs):
+    return lively(timm.create_model('test_crossformer', depths=(2, 1, 1, 2), **kwargs))
+
+
+ONE_QUICK = pytest.mark.parametrize('grouping', [
+    pytest.param(g, marks=[] if g == 'map' else [pytest.mark.slow]) for g in GROUPINGS])
+
+
+@ONE_QUICK
+def test_an_exported_program_takes_sizes_it_has_not_seen(grouping):
+    model = shallow(lda_grouping=grouping, num_classes=10)
+    program = export_program(model).module()
+    # grouped and whole maps, strips, odd sizes, one image and several
+    for batch, h, w in ((2, 224, 224), (1, 33, 97), (3, 300, 65), (1, 47, 500)):
+        x = noise(batch, 3, h, w)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_program_of_one_size(tmp_path):
+    model = shallow(num_classes=10, fit_groups=True)
+    with pytest.raises(ValueError, match='`fit_groups` chooses groups for one image size'):
+        export_program(model)
+    path = export_model(model, tmp_path / 'one.pt2', 'torch', size=(96, 64), dynamic=False)
+    assert verify_exported(model, path, [(1, 96, 64)])[1, 96, 64] < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('features_only', [False, True], ids=['classifier', 'pyramid'])
+@pytest.mark.parametrize(('format', 'suffix'), [('torch', 'pt2'), ('onnx', 'onnx'), ('openvino', 'xml')])
+def test_files_run_at_sizes_not_seen_at_export(format, suffix, features_only, tmp_path):
+    model = shallow(features_only=features_only)
+    path = export_model(model, tmp_path / f'model.{suffix}', format)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ['model.xml', 'model.bin'] if format == 'openvino' else [path.name])
+    assert max(verify_exported(model, path).values()) < 1e-4
+
+
+def test_wrong_exports(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"`format` is one of onnx, torch, openvino, got 'tflite'\."):
+        export_model(small(), tmp_path / 'm.onnx', 'tflite')
+    with pytest.raises(ValueError, match=r'A file of format onnx ends in \.onnx, got m\.pt\.'):
+        export_model(small(), tmp_path / 'm.pt', 'onnx')
+    with pytest.raises(ValueError, match=r'An exported file ends in \.onnx, \.pt2, \.xml, got m\.pt\.'):
+        load_exported(tmp_path / 'm.pt')
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(ImportError, match=r'Format onnx needs the package onnxscript\. Run `pip install'):
+        export_model(small(), tmp_path / 'm.onnx', 'onnx')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_command(tmp_path, capsys):
+    path = tmp_path / 'm.pt2'
+    assert main(['export', str(path), '--model', 'test_crossformer', '--format', 'torch', '--dynamic', '--verify']) == 0
+    assert path.exists()
+    assert '191 x 70' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_saved_program_needs_no_code_of_ours(tmp_path):
+    path = export_model(shallow(num_classes=10), tmp_path / 'model.pt2', 'torch')
+    script = (
+        'import sys, torch; program = torch.export.load(sys.argv[1]).module(); '
+        'print(tuple(program(torch.zeros(3, 3, 65, 200)).shape), "timm_crossformer" in sys.modules)')
+    result = subprocess.run([sys.executable, '-c', script, str(path)], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == '(3, 10) False'
+
+
+@ONE_QUICK
+def test_compiled_for_inference_one_graph_serves_all_sizes(grouping):
+    model = shallow(lda_grouping=grouping, num_classes=10)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    with torch.inference_mode():
+        # A square image first would tie height to width: torch takes equal sizes for one until it sees them differ.
+        for batch, h, w in ((2, 230, 310), (2, 224, 224), (2, 65, 97), (3, 300, 65), (2, 47, 500)):
+            x = noise(batch, 3, h, w)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_compiled_for_training_gradients_are_the_same():
+    model, x = shallow(num_classes=10), noise(2, 3, 72, 50)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    compiled(x).square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for a, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item() + 1e-4)
+
+
+@pytest.mark.slow
+def test_inductor():
+    model, x = shallow(num_classes=10), noise(2, 3, 72, 50)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
