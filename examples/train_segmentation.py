@@ -98,7 +98,7 @@ def main() -> int:
     for name, encoder, pretrained, kwargs in ENCODERS:
         torch.manual_seed(0)
         model = models[name] = smp.FPN(
-            f'tu-{encoder}', encoder_weights='imagenet' if pretrained else None, decoder_pyramid_channels=64,
+            f'tu-{encoder}', encoder_weights=True if pretrained else None, decoder_pyramid_channels=64,
             decoder_segmentation_channels=32, decoder_dropout=0., **kwargs)
         optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
