@@ -341,9 +341,11 @@ def test_rest_is_listed_in_order(official):
     (lambda sd: {**{f'a.{k}': v for k, v in sd.items()}, **{f'b.{k}': v for k, v in sd.items()}}, 'one CrossFormer'),
     (lambda sd: {f'x.{k}': v for k, v in sd.items() if 'blocks.0.norm1' not in k}, 'no checkpoint of a CrossFormer'),
     (lambda sd: {**sd, 'model': 3}, 'no place'),
+    (lambda sd: {**sd, 'norm.g': sd['norm.weight']}, 'one source, got two: norm.weight and norm.g'),
     (lambda sd: {}, 'no checkpoint of a CrossFormer'),
 ], ids=[
-    'integers', 'nan', 'text', 'rank', 'short', 'half-dense', 'hole', 'number-key', 'two', 'no-anchor', 'odd', 'empty',
+    'integers', 'nan', 'text', 'rank', 'short', 'half-dense', 'hole', 'number-key', 'two', 'no-anchor', 'odd', 'twice',
+    'empty',
 ])
 def test_damaged_state_dicts(official, change, message):
     with pytest.raises(CheckpointError, match=message):

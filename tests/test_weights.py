@@ -13,7 +13,8 @@ from timm_crossformer.crossformer import VARIANTS, default_cfgs
 
 RECORDS = hub.manifest()
 FIELDS = {
-    'tag': str, 'origin': str, 'origin_url': (str, type(None)), 'hub': (str, type(None)), 'file': str, 'bundled': (str, type(None)),
+    'tag': str, 'origin': str, 'origin_url': (str, type(None)), 'hub': (str, type(None)), 'file': str,
+    'bundled': (str, type(None)),
     'license': str, 'size': (int, type(None)), 'sha256': (str, type(None)), 'params': int, 'gmacs': float,
     'metrics': list, 'notes': str,
 }
