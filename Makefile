@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test clients quick check style bench tables
 
-# Classify a photo, extract its feature pyramid, print the shapes, and draw photo and levels side by side.
+# Extract the feature pyramid of a photo, print the shape of each level, and draw photo and levels side by side.
 demo: $(VENV)/demo
-	$(BIN)/timm-crossformer features examples/photo.jpg --model crossformer_tiny --out outputs/pyramid.png
-	@echo "Wrote outputs/pyramid.png: the photo beside its four levels (random weights of crossformer_tiny)."
+	$(BIN)/timm-crossformer features examples/photo.jpg --whole --out outputs/pyramid.png
+	@echo "Wrote outputs/pyramid.png: the photo beside its four levels (weights: test_crossformer.cifar10)."
 
 # Lint, types and all tests but those of other people's packages.
 test: $(VENV)/test check

@@ -244,8 +244,13 @@ def _load(args: argparse.Namespace, **kwargs: Any) -> Any:
     return load_model(args.model, args.weights, **kwargs)
 
 
-def _reader(model: Any) -> Any:
-    """Return a function that reads an image as the model wants it, and mean and std to undo its normalisation."""
+def _reader(model: Any, whole: bool = False) -> Any:
+    """Return a function that reads an image as the model wants it, and mean and std to undo its normalisation.
+
+    Args:
+        model: Has the preprocessing in its config.
+        whole: Keep the image in its own size, instead of the resized centre.
+    """
     import torch
     from PIL import Image, UnidentifiedImageError
     from timm.data import create_transform, resolve_data_config
@@ -258,6 +263,8 @@ def _reader(model: Any) -> Any:
         if len(config[key]) != channels:  # a grey value is an average, and so are its statistics
             config[key] = (sum(config[key]) / len(config[key]),) * channels
     transform = create_transform(**config)
+    if whole:
+        transform.transforms = [t for t in transform.transforms if type(t).__name__ not in ('Resize', 'CenterCrop')]
 
     def read(path: str) -> torch.Tensor:
         try:
@@ -315,6 +322,7 @@ def _class_names(model: Any) -> Callable[[int], str]:
 def _add_features(subparsers: Any) -> None:
     parser = _command(subparsers, 'features', _features, 'Extract the feature pyramid, and draw it.')
     _add_weights(parser)
+    parser.add_argument('--whole', action='store_true', help='in its own size, not the resized centre')
     parser.add_argument('--out', metavar='PNG', help='picture to write: every image beside its four levels')
 
 
@@ -322,7 +330,7 @@ def _features(args: argparse.Namespace) -> int:
     import torch
 
     model = _load(args, features_only=True)
-    read, mean, std = _reader(model)
+    read, mean, std = _reader(model, args.whole)
     pictures, pyramids, results = [], [], []
     with torch.inference_mode(), _progress('features', len(args.images), unit='image') as progress:
         for path in args.images:

@@ -1,4 +1,5 @@
 """Draw what the levels of the feature pyramid see. Needs matplotlib: `pip install timm_crossformer[viz]`."""
+import math
 from pathlib import Path
 from typing import List, Sequence, Union
 
@@ -48,7 +49,7 @@ def draw_pyramids(
     for row, (image, levels) in enumerate(zip(images, pyramids, strict=True)):
         pictures: List[Tensor] = [image.permute(1, 2, 0).expand(-1, -1, 3), *map(principal_colors, levels)]
         captions = [titles[row] if titles else 'image'] + [
-            f'1/{round(image.shape[1] / level.shape[1])}: {level.shape[0]} × {level.shape[1]} × {level.shape[2]}'
+            f'1/{2 ** round(math.log2(image.shape[1] / level.shape[1]))}: {level.shape[0]} × {level.shape[1]} × {level.shape[2]}'
             for level in levels
         ]
         for axis, picture, caption in zip(axes[row], pictures, captions, strict=False):
@@ -56,4 +57,5 @@ def draw_pyramids(
             axis.set_title(caption, fontsize=9)
         for axis in axes[row]:
             axis.set_axis_off()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
