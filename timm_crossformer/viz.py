@@ -49,7 +49,7 @@ def draw_pyramids(
     for row, (image, levels) in enumerate(zip(images, pyramids, strict=True)):
         pictures: List[Tensor] = [image.permute(1, 2, 0).expand(-1, -1, 3), *map(principal_colors, levels)]
         captions = [titles[row] if titles else 'image'] + [
-            f'1/{2 ** round(math.log2(image.shape[1] / level.shape[1]))}: {level.shape[0]} × {level.shape[1]} × {level.shape[2]}'
+            f'1/{2 ** round(math.log2(image.shape[1] / level.shape[1]))}: ' + ' × '.join(map(str, level.shape))
             for level in levels
         ]
         for axis, picture, caption in zip(axes[row], pictures, captions, strict=False):
