@@ -28,7 +28,8 @@ def empty(*shape):
 def test_default_cfg(variant):
     model = meta(variant)
     cfg = model.default_cfg
-    assert (cfg['crop_pct'], cfg['interpolation'], cfg['license']) == (0.875, 'bicubic', 'mit')
+    assert (cfg['interpolation'], cfg['license']) == ('bicubic', 'mit')
+    assert cfg['crop_pct'] == (1.0 if variant == 'test_crossformer' else 0.875)
     assert cfg['paper_ids'].startswith('arXiv:')
     assert cfg['origin_url'].startswith('https://')
     assert len(cfg['first_conv']) == 4
@@ -179,6 +180,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_set_input_size_is_recorded_and_rebuilds(tmp_path):
+    pytest.importorskip('timm.models._input', reason='timm records arguments since 1.0.31')
     model = small()
     model.set_input_size((96, 160), group_size=((2, 3), 4, 4, 4), interval=2, lda_grouping='region', fit_groups=True)
     x = noise(1, 3, 96, 160)

@@ -285,7 +285,7 @@ class CrossFormer(nn.Module):
         self._set_groups(group_size, lda_group_size, interval, lda_grouping, fit_groups)
         self.norm = norm(self.num_features, **dd) if stage_norm else nn.Identity()
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.apply(_init_weights)
 
     def _set_groups(
@@ -417,8 +417,9 @@ class CrossFormer(nn.Module):
         """Replace the classifier; 0 classes remove it, global_pool '' leaves the map."""
         self.num_classes = num_classes
         dd = get_device_dtype(self)
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head.in_features = self.num_features  # smaller after pruning
+        self.head.reset(num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
             self,
