@@ -339,7 +339,7 @@ def memory_of(case: Case) -> float:
         return round((torch.cuda.max_memory_allocated() - before) / 2 ** 20, 2)
     before = _resident_mib()
     run()
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 2)
+    return round(_peak_mib() - before, 2)
 
 
 def _resident_mib() -> float:
@@ -348,10 +348,21 @@ def _resident_mib() -> float:
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path('/proc/self/clear_refs').write_text('5')
-        status = Path('/proc/self/status').read_text()
-        return int(status.partition('VmRSS:')[2].split()[0]) / 1024
+    except OSError:
+        return _peak_mib()
+    return _status_mib('VmRSS')
+
+
+def _peak_mib() -> float:
+    """Return the most memory in use so far. Not `ru_maxrss` on Linux: it starts at what the parent process used."""
+    try:
+        return _status_mib('VmHWM')
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _status_mib(name: str) -> float:
+    return int(Path('/proc/self/status').read_text().partition(f'{name}:')[2].split()[0]) / 1024
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
@@ -55,7 +56,8 @@ def test_a_row_says_what_was_measured(small_gemm):
     assert len(times) == 3
     assert row['median_ms'] == sorted(times)[1]
     assert row['min_ms'] == min(times)
-    assert row['params_m'] == pytest.approx(.7294, abs=1e-4)
+    parameters = sum(p.numel() for p in timm.create_model('test_crossformer').parameters())
+    assert row['params_m'] == pytest.approx(parameters / 1e6, abs=1e-4)
     assert row['gflops'] == pytest.approx(2e3 * row['gmacs'] * 2 / 1e3 / (row['median_ms'] / 1e3), rel=.02)
     assert row['gemm_share'] > 0
     assert row['hardware'] and row['torch'] in torch.__version__
@@ -173,7 +175,7 @@ def test_macs_hold_attention_whichever_way_it_runs(fused):
     linear = sum(12 * n * dim ** 2 * depth for dim, n, depth in zip(dims, tokens, depths, strict=True))
     stem = 3 * 256 * (16 * 16 + 8 * 64 + 4 * 256 + 4 * 1024)
     merging = sum(n * a * (b // 2) * (4 + 16) for n, a, b in zip(tokens[1:], dims, dims[1:], strict=False))
-    assert macs == pytest.approx(stem + merging + linear + attention + 96_000, rel=.001)  # and the head
+    assert macs == pytest.approx(stem + merging + linear + attention + 96 * 10, rel=.001)  # and the head
 
 
 def test_a_training_step_takes_about_three_forward_passes():

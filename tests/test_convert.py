@@ -146,6 +146,7 @@ def yacs(monkeypatch):
     """Pickle finds the class under its name; reading must do without, see `test_yacs_is_not_imported`."""
     module = types.ModuleType('yacs.config')
     module.CfgNode = CfgNode
+    monkeypatch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
     monkeypatch.setitem(sys.modules, 'yacs.config', module)
 
 
