@@ -1,5 +1,5 @@
 """Every private name of timm this package uses, in one place."""
-from typing import Any
+from typing import Any, Optional, Sequence, Union
 
 from timm.models._features import feature_take_indices as feature_take_indices
 from timm.models._hub import save_config_for_hf as save_config_for_hf
@@ -10,5 +10,9 @@ try:
 except ImportError:  # timm before 1.0.31 records no arguments
     from torch import nn
 
-    def update_model_input_size(model: nn.Module, img_size: Any, **model_args: Any) -> None:
+    def update_model_input_size(
+            model: nn.Module,
+            img_size: Optional[Union[int, Sequence[int]]],
+            **model_args: Any,
+    ) -> None:
         """Do nothing: this timm would not read the record."""

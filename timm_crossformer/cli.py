@@ -30,6 +30,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return OK
     except (ValueError, OSError, ImportError) as e:  # CheckpointError is a ValueError
         return _fail(str(e), REFUSED)
+    except RuntimeError as e:
+        if not str(e).startswith(('Unknown model', 'Invalid pretrained tag')):  # timm's words
+            raise
+        return _fail(f'{e}. `timm-crossformer list` shows the names.', USAGE)
     except KeyboardInterrupt:
         return _fail('interrupted, nothing was left behind', 130)
 

@@ -115,7 +115,9 @@ def _create_crossformer(
     tag_args = {name: value for name, value in _TAG_ARGS.get(tag or '', {}).items() if name not in kwargs}
     kwargs = {**VARIANTS[variant], **tag_args, **kwargs}
     _check_arguments(variant, kwargs)
-    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['depths']))))
+    depths = kwargs['depths']
+    stages = len(depths) if isinstance(depths, (list, tuple)) else 0  # the model refuses anything else
+    out_indices = kwargs.pop('out_indices', tuple(range(stages)))
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict() if pretrained else {}
     fetch_weights(cfg, kwargs.get('cache_dir'))
     with explain_failure(cfg):

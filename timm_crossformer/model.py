@@ -219,10 +219,10 @@ class CrossFormer(nn.Module):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        if not isinstance(depths, (list, tuple)) or len(depths) == 0 or min(depths) < 1:
+            raise ValueError(f'`depths` needs a sequence with at least one block per stage, got {depths}.')
         depths = tuple(depths)
         stages = len(depths)
-        if stages == 0 or min(depths) < 1:
-            raise ValueError(f'`depths` needs at least one block per stage, got {depths}.')
         if isinstance(embed_dim, int):
             embed_dim = [embed_dim * 2 ** i for i in range(stages)]
         dims: List[int] = per_stage('embed_dim', embed_dim, stages)
@@ -232,8 +232,12 @@ class CrossFormer(nn.Module):
                 raise ValueError(
                     f'`num_heads` must divide the channels of each stage, got {head} heads for {dim} channels in '
                     f'stage {i}. Change `num_heads` or `embed_dim`, or set `head_dim`.')
+            if head_dim is not None and head_dim < 1:
+                raise ValueError(f'`head_dim` needs at least 1 channel, got {head_dim}. Leave it out for dim / heads.')
             if dim < 16:
                 raise ValueError(f'`embed_dim` needs at least 16 channels per stage, got {dim} in stage {i}.')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'`drop_path_rate` needs to be at least 0 and below 1, got {drop_path_rate}.')
         if pos_bias not in ('paper', 'lucidrains'):
             raise ValueError(f"`pos_bias` is 'paper' or 'lucidrains', got {pos_bias!r}.")
         mlp_ratios = per_stage('mlp_ratio', mlp_ratio, stages)
@@ -300,8 +304,8 @@ class CrossFormer(nn.Module):
         if lda_grouping not in LDA_GROUPINGS:
             raise ValueError(f'`lda_grouping` is one of {", ".join(LDA_GROUPINGS)}, got {lda_grouping!r}.')
         intervals = per_stage('interval', interval, len(self.depths))
-        if min(intervals) < 1:
-            raise ValueError(f'`interval` needs at least 1 in each stage, got {intervals}.')
+        if any(not isinstance(i, int) or i < 1 for i in intervals):
+            raise ValueError(f'`interval` needs a whole number of at least 1 for each stage, got {intervals}.')
         sda_sizes = resolve_group_size('group_size', group_size, self.depths)
         lda_sizes = sda_sizes
         if lda_group_size is not None:

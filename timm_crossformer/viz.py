@@ -36,7 +36,10 @@ def draw_pyramids(
 
     Raises:
         ImportError: matplotlib is missing.
+        ValueError: The path has no suffix.
     """
+    if not Path(path).suffix:
+        raise ValueError(f'A picture needs a name with a suffix, such as pyramid.png; got {path}.')
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
