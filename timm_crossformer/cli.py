@@ -420,7 +420,7 @@ def _exec(args: argparse.Namespace) -> int:
     except SystemExit:
         raise
     except BaseException:  # the script's own failure, shown as Python shows it
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # never None in an except clause
         return REFUSED
     return OK
 

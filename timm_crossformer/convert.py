@@ -539,7 +539,7 @@ def _birder_facts(checkpoint: Mapping[str, Any]) -> Tuple[Dict[str, Any], Option
         if isinstance(values, (list, tuple)) and values and all(isinstance(v, (int, float)) for v in values):
             cfg[key] = tuple(float(v) for v in values)
     with suppress(KeyError, IndexError, TypeError, ValueError):
-        channels, height, width = signature['inputs'][0]['data_shape'][1:4]  # type: ignore[index]
+        channels, height, width = signature['inputs'][0]['data_shape'][1:4]  # type: ignore[index]  # None: TypeError
         cfg['input_size'] = (int(channels), int(height), int(width))
     if cfg:
         cfg.update(crop_pct=1.0, crop_mode='squash')  # birder resizes both sides
@@ -621,7 +621,7 @@ def _check_groups(parsed: Checkpoint, model: nn.Module) -> None:
     attn = getattr(getattr(getattr(model, 'stages', [None])[0], 'blocks', [None])[0], 'attn', None)
     if parsed.group_size is not None and attn is not None and tuple(attn.group_size) != parsed.group_size:
         height, width = parsed.group_size
-        size = height if height == width else [parsed.group_size] * len(model.depths)  # type: ignore[arg-type]
+        size = height if height == width else [parsed.group_size] * len(model.depths)  # type: ignore[arg-type]  # a tuple
         warnings.warn(
             f'The checkpoint was trained with groups of {height} x {width}, {_name(model)} has '
             f'{attn.group_size[0]} x {attn.group_size[1]}. Create the model with `group_size={size}` for its outputs.',
