@@ -79,8 +79,11 @@ def export_model(
         else:
             onnx_path = target.with_suffix('.onnx')
             names = _output_names(model)
+            # Runtimes optimise what they load; here it would take longer than the rest of the export.
             onnx_program: Any = torch.onnx.export(
-                program, dynamo=True, input_names=['image'], output_names=names, verbose=False)
+                program, dynamo=True, input_names=['image'], output_names=names, verbose=False, optimize=False)
+            for node in onnx_program.model.graph:
+                node.metadata_props.clear()  # stack traces, with the paths of this machine
             onnx_program.save(onnx_path)
             if format == 'openvino':
                 openvino = importlib.import_module('openvino')

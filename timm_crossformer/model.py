@@ -9,7 +9,6 @@ import torch
 from timm.layers import (
     ClassifierHead,
     DropPath,
-    Mlp,
     calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
 from .config import GroupSize, per_stage, plain_group_size, resolve_group_size
 from .convert import check_head, convert_state_dict, is_foreign
-from .layers import LDA_GROUPINGS, AmplitudeCooling, CrossScaleEmbed, GroupAttention
+from .layers import LDA_GROUPINGS, AmplitudeCooling, CrossScaleEmbed, GroupAttention, Mlp, share_indices
 
 
 class CrossFormerBlock(nn.Module):
@@ -136,8 +135,11 @@ class CrossFormerStage(nn.Module):
         x = self.downsample(x).permute(0, 2, 3, 1)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
-        else:
+        elif torch.jit.is_scripting() or not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
             x = self.blocks(x)
+        else:
+            with share_indices():
+                x = self.blocks(x)
         return x.permute(0, 3, 1, 2)
 
 

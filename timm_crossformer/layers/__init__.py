@@ -1,6 +1,8 @@
 """The parts of a CrossFormer: CEL, SDA and LDA, DPB, ACL."""
 from .attention import GroupAttention as GroupAttention
+from .attention import share_indices as share_indices
 from .cooling import AmplitudeCooling as AmplitudeCooling
 from .embedding import CrossScaleEmbed as CrossScaleEmbed
 from .grouping import LDA_GROUPINGS as LDA_GROUPINGS
+from .linear import Mlp as Mlp
 from .position_bias import DynamicPosBias as DynamicPosBias

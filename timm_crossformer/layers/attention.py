@@ -1,12 +1,25 @@
 """Multi-head attention inside groups, with dynamic position bias: SDA and LDA alike."""
-from typing import Any, List, Optional, Tuple
+import contextlib
+import contextvars
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from .grouping import Layout, Segment, divide, group_index, group_view, longest, map_layout, map_segments
+from .grouping import (
+    Layout,
+    Segment,
+    divide,
+    from_groups,
+    group_index,
+    longest,
+    map_layout,
+    map_segments,
+    to_groups,
+)
+from .linear import linear
 from .position_bias import DynamicPosBias, bias_table, expand_bias
 
 
@@ -79,15 +92,14 @@ class GroupAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend inside the groups of x, tokens [B, H, W, C]."""
-        qkv = self.qkv(x)
         dropout = self.attn_drop.p if self.training else 0.
         if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-            x = self._attend_runs(qkv, dropout)
+            x = self._attend_runs(x, dropout)
         elif torch.compiler.is_exporting() or torch.is_grad_enabled():
-            x = self._attend_indexed(qkv, dropout)
+            x = self.proj(self._attend_indexed(self.qkv(x), dropout))
         else:
-            x = _attend_opaque(
-                qkv,
+            x = self.proj(_attend_opaque(
+                self.qkv(x),
                 list(self.pos_bias.mlp.parameters()),
                 self.num_heads,
                 list(self.group_size),
@@ -96,15 +108,22 @@ class GroupAttention(nn.Module):
                 self.fit_groups,
                 self.legacy_lookup,
                 self.fused_attn,
-            )
-        return self.proj_drop(self.proj(x))
+            ))
+        return self.proj_drop(x)
 
-    def _attend_runs(self, qkv: Tensor, dropout: float) -> Tensor:
-        """Attend run by run of equally long groups."""
-        H, W = qkv.shape[1], qkv.shape[2]
+    def _attend_runs(self, x: Tensor, dropout: float) -> Tensor:
+        """Attend run by run of equally long groups. Tokens with C channels are sorted, not queries, keys and values."""
+        B, H, W, C = x.shape
         rows, cols = map_segments(H, W, self.group_size, self.interval, self.grouping, self.fit_groups)
         table = self.pos_bias(longest(rows), longest(cols))
-        return attend_runs(qkv, table, rows, cols, self.num_heads, dropout, self.fused_attn)
+        tokens = to_groups(x, rows, cols)
+        if torch.jit.is_scripting():
+            tokens = self.proj(attend_runs(
+                self.qkv(tokens), B, rows, cols, table, self.num_heads, dropout, self.fused_attn))
+        else:
+            tokens = linear(self.proj, attend_runs(
+                linear(self.qkv, tokens), B, rows, cols, table, self.num_heads, dropout, self.fused_attn))
+        return from_groups(tokens, [B, H, W, C], rows, cols)
 
     @torch.jit.unused
     def _attend_indexed(self, qkv: Tensor, dropout: float) -> Tensor:
@@ -113,25 +132,52 @@ class GroupAttention(nn.Module):
         No branch and no loop depends on the size of the map: one exported graph serves every size.
         """
         B, H, W, C = qkv.shape
-        rows, cols = map_layout(H, W, self.group_size, self.interval, self.grouping, self.fit_groups)
-        if torch.compiler.is_exporting():
-            rows, cols = _opaque_layout(rows), _opaque_layout(cols)
-        gh, gw = rows[1], cols[1]
-        index, real, inverse = group_index(H, W, rows, cols, qkv.device)
+        shared = _shared_indices.get()
+        key = (self.group_size, self.interval, self.grouping, self.fit_groups)
+        indices = None if shared is None else shared.get(key)
+        if indices is None:
+            indices = self._indices(H, W, qkv.device)
+            if shared is not None:
+                shared[key] = indices
+        gh, gw, index, real, inverse, offset = indices
         groups = qkv.flatten(1, 2)[:, index.flatten()].reshape(-1, gh * gw, C)  # B * nG, N, C
         table = self.pos_bias(gh, gw).to(qkv.dtype)
-        row, col = divide(torch.arange(gh * gw, device=qkv.device), gw)
-        offset = (row[:, None] - row + gh - 1) * (2 * gw - 1) + col[:, None] - col + gw - 1  # N, N
         bias = table.flatten(1)[:, offset.flatten()].reshape(-1, gh * gw, gh * gw)
         x = _attend(*_split_heads(groups, self.num_heads), bias, dropout, False, real)
         return x.reshape(B, -1, x.shape[-1])[:, inverse].reshape(B, H, W, -1)
 
+    @torch.jit.unused
+    def _indices(self, H: int, W: int, device: torch.device) -> Tuple[int, int, Tensor, Tensor, Tensor, Tensor]:
+        """Return rows and columns of a group, what `group_index` returns, and where a pair's bias is in the table."""
+        rows, cols = map_layout(H, W, self.group_size, self.interval, self.grouping, self.fit_groups)
+        if torch.compiler.is_exporting():
+            rows, cols = _opaque_layout(rows), _opaque_layout(cols)
+        gh, gw = rows[1], cols[1]
+        index, real, inverse = group_index(H, W, rows, cols, device)
+        row, col = divide(torch.arange(gh * gw, device=device), gw)
+        offset = (row[:, None] - row + gh - 1) * (2 * gw - 1) + col[:, None] - col + gw - 1  # N, N
+        return gh, gw, index, real, inverse, offset
+
+
+@contextlib.contextmanager
+def share_indices() -> Iterator[None]:
+    """Let attentions over maps of one size share their indices: half of the work of an export is building them."""
+    token = _shared_indices.set({})
+    try:
+        yield
+    finally:
+        _shared_indices.reset(token)
+
+
+_shared_indices: contextvars.ContextVar[Optional[Dict[Any, Any]]] = contextvars.ContextVar('indices', default=None)
+
 
 def attend_runs(
         qkv: Tensor,
-        table: Tensor,
+        batch: int,
         rows: List[Segment],
         cols: List[Segment],
+        table: Tensor,
         num_heads: int,
         dropout: float,
         fused: bool,
@@ -139,24 +185,28 @@ def attend_runs(
     """Attend run by run of equally long groups: one run if groups divide the map, up to nine if they do not.
 
     Args:
-        qkv: Queries, keys and values of tokens, [B, H, W, 3 * C].
-        table: Position biases by offset [heads or 1, 2 * TH - 1, 2 * TW - 1] for the longest groups at least.
+        qkv: Queries, keys and values [B * H * W, 3 * C] in the order of `to_groups`.
+        batch: Maps, B.
         rows: Segments of the H axis.
         cols: Segments of the W axis.
+        table: Position biases by offset [heads or 1, 2 * TH - 1, 2 * TW - 1] for the longest groups at least.
         num_heads: Heads.
         dropout: Rate of dropout of attention weights.
         fused: Use `scaled_dot_product_attention`.
 
     Returns:
-        Tokens [B, H, W, C].
+        Tokens [B * H * W, C] in the same order.
     """
-    B, H, W, C = qkv.shape
     table = table.to(qkv.dtype)
-    out = qkv.new_empty([B, H, W, C // 3])
+    runs: List[Tensor] = []
+    start = 0
     for row in rows:
         for col in cols:
             gh, gw = row[2], col[2]
-            q, k, v = _split_heads(group_view(qkv, row, col).reshape(-1, gh * gw, C), num_heads)
+            groups = batch * row[1] * row[4] * col[1] * col[4]
+            end = start + groups * gh * gw
+            q, k, v = _split_heads(qkv[start:end].view(groups, gh * gw, qkv.shape[1]), num_heads)
+            start = end
             # A position bias is built for 2 ** 24 pairs of tokens at most (64 MiB in fp32), heads included. Only `map`
             # groups of large images come near: 4,096 tokens and 24 heads, at 2048 px, would need 1.6 GB.
             band = max(1, (1 << 24) // (num_heads * gw * gh * gw))  # rows of queries at a time
@@ -166,9 +216,8 @@ def attend_runs(
                 bias = expand_bias(table, gh, gw, first, last)
                 queries = q if band >= gh else q[:, :, first * gw:last * gw]
                 bands.append(_attend(queries, k, v, bias, dropout, fused, None))
-            target = group_view(out, row, col)
-            target.copy_((bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)).view(target.shape))
-    return out
+            runs.append((bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)).flatten(0, 1))
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
 
 
 def _split_heads(groups: Tensor, num_heads: int) -> Tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +277,8 @@ def _attend_opaque(
         qkv.shape[1], qkv.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
     legacy_size = (group_size[0], group_size[1]) if legacy_lookup else None
     table = bias_table(mlp, longest(rows), longest(cols), legacy_size)
-    return attend_runs(qkv, table, rows, cols, num_heads, 0., fused)
+    groups = attend_runs(to_groups(qkv, rows, cols), qkv.shape[0], rows, cols, table, num_heads, 0., fused)
+    return from_groups(groups, [*qkv.shape[:3], groups.shape[1]], rows, cols)
 
 
 @_attend_opaque.register_fake

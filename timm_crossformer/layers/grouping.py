@@ -149,6 +149,35 @@ def _split_axis(x: Tensor, dim: int, segment: Segment) -> Tensor:
     return x.movedim(-1, dim + 1).unsqueeze(dim)
 
 
+def to_groups(x: Tensor, rows: List[Segment], cols: List[Segment]) -> Tensor:
+    """Put tokens [B, H, W, C] in the order of their groups, run after run of equally long groups: [B * H * W, C]."""
+    C = x.shape[3]
+    if len(rows) == 1 and len(cols) == 1:
+        return group_view(x, rows[0], cols[0]).reshape(-1, C)
+    tokens = x.new_empty([x.shape[0] * x.shape[1] * x.shape[2], C])
+    start = 0
+    for row in rows:
+        for col in cols:
+            groups = group_view(x, row, col)
+            end = start + groups.numel() // C
+            tokens[start:end].view(groups.shape).copy_(groups)
+            start = end
+    return tokens
+
+
+def from_groups(tokens: Tensor, shape: List[int], rows: List[Segment], cols: List[Segment]) -> Tensor:
+    """Undo `to_groups`; `shape` is [B, H, W, C]."""
+    x = tokens.new_empty(shape)
+    start = 0
+    for row in rows:
+        for col in cols:
+            groups = group_view(x, row, col)
+            end = start + groups.numel() // shape[3]
+            groups.copy_(tokens[start:end].view(groups.shape))
+            start = end
+    return x
+
+
 def group_index(
         height: int,
         width: int,
