@@ -6,10 +6,11 @@ INSTALL = $(BIN)/uv pip install -q --python $(BIN)/python
 
 .PHONY: demo test clients oldest quick check style bench tables
 
-# Extract the feature pyramid of a photo, print the shape of each level, and draw photo and levels side by side.
+# Name what is on a photo; extract its feature pyramid, print the shapes, and draw photo and levels side by side.
 demo: $(VENV)/demo
+	$(BIN)/timm-crossformer classify examples/photo.jpg
 	$(BIN)/timm-crossformer features examples/photo.jpg --whole --out outputs/pyramid.png
-	@echo "Wrote outputs/pyramid.png: the photo beside its four levels (weights: test_crossformer.cifar10)."
+	@echo "Wrote outputs/pyramid.png: the photo beside its four levels."
 
 # Lint, types and all tests but those of other people's packages.
 test: $(VENV)/test check

@@ -4,12 +4,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from common import noise, small
+from common import GROUPINGS, noise, small
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import timm_crossformer.layers.attention as attention
 import timm_crossformer.layers.linear as module
-from timm_crossformer.layers.linear import Mlp, linear
+from timm_crossformer.layers.linear import linear
 
 pytestmark = pytest.mark.filterwarnings('ignore:TF32 acceleration')  # flags() sets everything, for Intel GPUs as well
 
@@ -101,17 +102,42 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 2 * 10 * 6 * 7
 
 
-@pytest.mark.parametrize('length', [1, 7, 64, 10 ** 6])
-def test_an_mlp_in_chunks_gives_the_same(length, monkeypatch):
-    mlp, x = Mlp(8, 32), torch.randn(2, 5, 7, 8)
-    expected = mlp(x)  # gradients: as a whole
-    monkeypatch.setattr(module, '_CHUNK', length * 32)
-    sizes = []
-    mlp.act.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
+@pytest.mark.parametrize('grouping', GROUPINGS)
+@pytest.mark.parametrize('chunk', [1, 1000, 20000])
+def test_chunks_give_the_same(chunk, grouping, monkeypatch):
+    model, x = small(lda_grouping=grouping), noise(2, 3, 75, 90)  # runs of several lengths, in all stages but the last
+    expected = model(x)  # with gradients: as a whole
+    monkeypatch.setattr(module, '_CHUNK', chunk)
     with torch.no_grad():
-        torch.testing.assert_close(mlp(x), expected)
-        assert mlp(x[:0]).shape == (0, 5, 7, 8)
-    assert max(sizes) == min(length, 70)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_works_on_chunks_but_not_under_observation(monkeypatch):
+    model, x = small(), noise(2, 3, 75, 90)
+    monkeypatch.setattr(module, '_CHUNK', 12800)
+    block = model.stages[0].blocks[0]
+    maps = [2, 19, 23, 32]
+    sizes = {'qkv': [], 'fc1': []}
+
+    def fake(layer, x):
+        for name, of in (('qkv', block.attn.qkv), ('fc1', block.mlp.fc1)):
+            if layer is of:
+                sizes[name].append(x.shape[:-1].numel())
+        return layer(x)
+
+    monkeypatch.setattr(attention, 'linear', fake)
+    monkeypatch.setattr(module, 'linear', fake)
+    with torch.inference_mode():
+        model(x)
+        assert max(sizes['qkv']) <= 12800 / 96 and max(sizes['fc1']) <= 12800 / 128
+        assert sum(sizes['qkv']) == sum(sizes['fc1']) == 2 * 19 * 23
+        seen = []
+        for layer in (block.norm2, block.mlp, block.mlp.fc2):
+            layer.register_forward_hook(lambda *args: seen.append(args[-1].shape))
+        block.attn.qkv.register_forward_pre_hook(lambda *args: seen.append(args[-1][0].shape))
+        model(x)
+    assert seen[0].numel() == 2 * 19 * 23 * 32
+    assert list(seen[1]) == maps and len(seen) == 4
 
 
 def test_a_model_gives_the_same_either_way(calls):

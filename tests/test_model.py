@@ -1,6 +1,7 @@
 """Any size, any order, any batch, any precision; arguments and inputs that are wrong."""
 import itertools
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -161,7 +162,7 @@ def test_gradients_are_those_of_finite_differences():
     (dict(depths=2), 'needs a sequence with at least one block per stage, got 2'),
     (dict(head_dim=0), '`head_dim` needs at least 1 channel, got 0'),
     (dict(drop_path_rate=1.), '`drop_path_rate` needs to be at least 0 and below 1, got 1.0'),
-    (dict(interval=1.5), '`interval` needs a whole number'),
+    (dict(interval=1.5), '`interval` needs whole numbers from 1 up, got 1.5'),
     (dict(depths=(1, 0, 1, 1)), 'at least one block per stage'),
     (dict(embed_dim=8, num_heads=1), 'at least 16 channels per stage, got 8 in stage 0'),
     (dict(group_size=0), '`group_size` needs whole numbers from 1 up, got 0'),
@@ -169,10 +170,17 @@ def test_gradients_are_those_of_finite_differences():
     (dict(group_size=(7, 7, [7, 7, 7], 7)), 'got [7, 7, 7] for stage 2 with 4 blocks'),
     (dict(group_size=(7, 7, 7, 2.5)), '`group_size` needs whole numbers'),
     (dict(lda_group_size=(0, 1, 1, 1)), '`lda_group_size` needs whole numbers'),
-    (dict(interval=0), '`interval` needs a whole number of at least 1'),
+    (dict(interval=0), '`interval` needs whole numbers from 1 up, got 0'),
     (dict(lda_grouping='window'), "`lda_grouping` is one of map, region, grid, got 'window'"),
     (dict(pos_bias='none'), "`pos_bias` is 'paper' or 'lucidrains', got 'none'"),
-    (dict(img_size=0), '`img_size` needs at least 1 pixel per side, got 0'),
+    (dict(img_size=0), '`img_size` needs whole numbers from 1 up, got 0'),
+    (dict(img_size='224'), "`img_size` needs whole numbers from 1 up, got '224'"),
+    (dict(in_chans='3'), "`in_chans` needs whole numbers from 1 up, got '3'"),
+    (dict(num_classes=-1), '`num_classes` needs whole numbers from 0 up, got -1'),
+    (dict(group_size=True), '`group_size` needs whole numbers from 1 up, got True'),
+    (dict(mlp_ratio=0), '`mlp_ratio` needs to be above 0, got 0'),
+    (dict(norm_layer='foo'), "`norm_layer` is a class or a name that timm knows, got 'foo'"),
+    (dict(act_layer='foo'), "`act_layer` is a class or a name that timm knows, got 'foo'"),
 ], ids=lambda v: str(v)[:50])
 def test_wrong_arguments(args, message):
     with pytest.raises(ValueError) as e:
@@ -180,9 +188,15 @@ def test_wrong_arguments(args, message):
     assert message in str(e.value)
 
 
+def test_numbers_of_numpy_are_numbers():
+    assert timm.create_model('test_crossformer', num_classes=np.int64(5), interval=np.int64(2)).num_classes == 5
+
+
 def test_unknown_arguments():
     with pytest.raises(TypeError, match=r'test_crossformer has no argument `gruop_size`. Did you mean `group_size`\?'):
         timm.create_model('test_crossformer', gruop_size=7)
+    with pytest.raises(TypeError, match=r'has no argument `output_stride`. See `help\(timm_crossformer.CrossFormer\)`'):
+        timm.create_model('test_crossformer', output_stride=16)
     with pytest.raises(TypeError):
         CrossFormer(window_size=7)
 

@@ -56,6 +56,14 @@ def test_demo_command_draws_the_pyramid(tmp_path, capsys):
     assert (tmp_path / 'new' / 'pyramid.png').stat().st_size > 10_000
 
 
+def test_demo_command_names_the_cat_on_the_photo(capsys):
+    line = next(c for c in COMMANDS if c.startswith('timm-crossformer classify'))
+    assert f'\n\t$(BIN)/{line}\n' in (ROOT / 'Makefile').read_text()
+    assert main(['classify', str(ROOT / shlex.split(line)[2])]) == 0
+    first, *_ = [row for row in capsys.readouterr().out.splitlines() if '%' in row]
+    assert first.split()[-1] == 'cat'
+
+
 def test_names_of_other_rooms_exist():
     for target in re.findall(r'\]\((?!http)([^)#]+)\)', README):
         assert (ROOT / target).exists(), target

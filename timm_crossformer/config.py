@@ -1,4 +1,5 @@
 """Read constructor arguments that may be given once, per stage or per block."""
+from numbers import Integral
 from typing import Any, List, Sequence, Tuple, Union
 
 StageSize = Union[int, Tuple[int, int], List[int], List[Tuple[int, int]]]
@@ -18,6 +19,13 @@ def per_stage(name: str, value: Any, stages: int) -> List[Any]:
             f'`{name}` needs one entry per stage, got len(depths)={stages}, len({name})={len(value)}. '
             'Give one number for all stages, or one per stage.')
     return list(value)
+
+
+def check_whole(name: str, values: Sequence[Any], least: int) -> None:
+    """Raise ValueError unless all values are whole numbers from `least` up."""
+    for value in values:
+        if not _is_whole(value) or value < least:
+            raise ValueError(f'`{name}` needs whole numbers from {least} up, got {value!r}.')
 
 
 def resolve_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> List[List[Tuple[int, int]]]:
@@ -41,7 +49,7 @@ def resolve_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> Li
             raise ValueError(
                 f'`{name}` needs a number, a tuple (height, width) or a list with one entry per block, got {entry} '
                 f'for stage {stage} with {depth} blocks.')
-        pairs = [(b, b) if isinstance(b, int) else tuple(b) if _is_pair(b) else (0, 0) for b in blocks]
+        pairs = [(b, b) if _is_whole(b) else tuple(b) if _is_pair(b) else (0, 0) for b in blocks]
         if min(min(pair) for pair in pairs) < 1:
             raise ValueError(f'`{name}` needs whole numbers from 1 up, got {entry} for stage {stage}.')
         sizes.append(pairs)
@@ -59,5 +67,9 @@ def plain_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> Unio
     return plain
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _is_pair(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, int) for v in value)
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_whole(v) for v in value)

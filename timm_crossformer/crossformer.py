@@ -141,7 +141,7 @@ def _check_arguments(variant: str, kwargs: Dict[str, Any]) -> None:
     known |= {'features_only', 'feature_cls', 'out_indices', 'pruned'}
     unknown = sorted(set(kwargs) - known)
     if unknown:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
+        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.75)
         hint = f'Did you mean `{close[0]}`?' if close else 'See `help(timm_crossformer.CrossFormer)`.'
         raise TypeError(f'{variant} has no argument {", ".join(f"`{name}`" for name in unknown)}. {hint}')
 

@@ -20,9 +20,9 @@ from timm.models import FeatureListNet
 from torch import Tensor, nn
 
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
-from .config import GroupSize, per_stage, plain_group_size, resolve_group_size
+from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
 from .convert import check_head, convert_state_dict, is_foreign
-from .layers import LDA_GROUPINGS, AmplitudeCooling, CrossScaleEmbed, GroupAttention, Mlp, share_indices
+from .layers import LDA_GROUPINGS, AmplitudeCooling, CrossScaleEmbed, GroupAttention, Mlp, chunk_length, share_indices
 
 
 class CrossFormerBlock(nn.Module):
@@ -67,15 +67,27 @@ class CrossFormerBlock(nn.Module):
         )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.hidden_features = int(dim * mlp_ratio)
+        self.mlp = Mlp(dim, self.hidden_features, act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.cooling = AmplitudeCooling(dim, norm_layer, **dd) if cooling else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens [B, H, W, C]."""
         x = x + self.drop_path1(self.attn(self.norm1(x)))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return self.cooling(x)
+        if torch.jit.is_scripting():
+            return self.cooling(x + self.drop_path2(self.mlp(self.norm2(x))))
+        return self.cooling(self._add_mlp(x))
+
+    @torch.jit.unused
+    def _add_mlp(self, x: Tensor) -> Tensor:
+        length = chunk_length(x, self.hidden_features, [self.norm2, self.mlp])
+        if length == x.shape[:-1].numel():
+            return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = x.contiguous()
+        for part in x.view(-1, x.shape[-1]).split(length):  # in place: nobody else has seen this sum
+            part += self.drop_path2(self.mlp(self.norm2(part)))
+        return x
 
 
 class CrossFormerStage(nn.Module):
@@ -133,13 +145,15 @@ class CrossFormerStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map [B, C, H, W]; between blocks it is a view with channels last."""
         x = self.downsample(x).permute(0, 2, 3, 1)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        elif torch.jit.is_scripting() or not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+        if torch.jit.is_scripting():
             x = self.blocks(x)
-        else:
+        elif self.grad_checkpointing:
+            x = checkpoint_seq(self.blocks, x)
+        elif torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             with share_indices():
                 x = self.blocks(x)
+        else:
+            x = self.blocks(x)
         return x.permute(0, 3, 1, 2)
 
 
@@ -243,10 +257,13 @@ class CrossFormer(nn.Module):
         if pos_bias not in ('paper', 'lucidrains'):
             raise ValueError(f"`pos_bias` is 'paper' or 'lucidrains', got {pos_bias!r}.")
         mlp_ratios = per_stage('mlp_ratio', mlp_ratio, stages)
-        norm = cast(Callable[..., nn.Module], get_norm_layer(norm_layer))
-        act = cast(Type[nn.Module], get_act_layer(act_layer))
-        if img_size is not None and min(to_2tuple(img_size)) < 1:
-            raise ValueError(f'`img_size` needs at least 1 pixel per side, got {img_size}.')
+        if not min(mlp_ratios) > 0:
+            raise ValueError(f'`mlp_ratio` needs to be above 0, got {mlp_ratio}.')
+        check_whole('in_chans', [in_chans], 1)
+        check_whole('num_classes', [num_classes], 0)
+        check_whole('img_size', [] if img_size is None else to_2tuple(img_size), 1)
+        norm = cast(Callable[..., nn.Module], _named_layer('norm_layer', norm_layer, get_norm_layer))
+        act = cast(Type[nn.Module], _named_layer('act_layer', act_layer, get_act_layer))
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -306,8 +323,7 @@ class CrossFormer(nn.Module):
         if lda_grouping not in LDA_GROUPINGS:
             raise ValueError(f'`lda_grouping` is one of {", ".join(LDA_GROUPINGS)}, got {lda_grouping!r}.')
         intervals = per_stage('interval', interval, len(self.depths))
-        if any(not isinstance(i, int) or i < 1 for i in intervals):
-            raise ValueError(f'`interval` needs a whole number of at least 1 for each stage, got {intervals}.')
+        check_whole('interval', intervals, 1)
         sda_sizes = resolve_group_size('group_size', group_size, self.depths)
         lda_sizes = sda_sizes
         if lda_group_size is not None:
@@ -515,6 +531,13 @@ class CrossFormerFeatures(FeatureListNet):
         if name == 'return_layers':
             value = {layer.replace('.', '_'): index for layer, index in value.items()}
         super().__setattr__(name, value)
+
+
+def _named_layer(argument: str, layer: Any, get_layer: Callable[[Any], Any]) -> Any:
+    try:
+        return get_layer(layer)
+    except KeyError as e:
+        raise ValueError(f'`{argument}` is a class or a name that timm knows, got {layer!r}.') from e
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -5,4 +5,5 @@ from .cooling import AmplitudeCooling as AmplitudeCooling
 from .embedding import CrossScaleEmbed as CrossScaleEmbed
 from .grouping import LDA_GROUPINGS as LDA_GROUPINGS
 from .linear import Mlp as Mlp
+from .linear import chunk_length as chunk_length
 from .position_bias import DynamicPosBias as DynamicPosBias

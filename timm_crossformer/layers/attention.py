@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from .grouping import (
     Layout,
-    Segment,
+    Run,
     divide,
     from_groups,
     group_index,
+    list_runs,
     longest,
     map_layout,
     map_segments,
     to_groups,
 )
-from .linear import linear
+from .linear import chunk_length, linear
 from .position_bias import DynamicPosBias, bias_table, expand_bias
 
 
@@ -115,15 +116,36 @@ class GroupAttention(nn.Module):
         """Attend run by run of equally long groups. Tokens with C channels are sorted, not queries, keys and values."""
         B, H, W, C = x.shape
         rows, cols = map_segments(H, W, self.group_size, self.interval, self.grouping, self.fit_groups)
+        runs = list_runs(B, rows, cols)
         table = self.pos_bias(longest(rows), longest(cols))
         tokens = to_groups(x, rows, cols)
         if torch.jit.is_scripting():
-            tokens = self.proj(attend_runs(
-                self.qkv(tokens), B, rows, cols, table, self.num_heads, dropout, self.fused_attn))
+            tokens = self.proj(attend_runs(self.qkv(tokens), runs, table, self.num_heads, dropout, self.fused_attn))
         else:
-            tokens = linear(self.proj, attend_runs(
-                linear(self.qkv, tokens), B, rows, cols, table, self.num_heads, dropout, self.fused_attn))
+            tokens = self._project_and_attend(tokens, runs, table, dropout)
         return from_groups(tokens, [B, H, W, C], rows, cols)
+
+    @torch.jit.unused
+    def _project_and_attend(self, tokens: Tensor, runs: List[Run], table: Tensor, dropout: float) -> Tensor:
+        """Project and attend at once or, large maps in inference on a CPU, a few groups at a time."""
+        width = 3 * self.num_heads * self.head_dim
+        length = chunk_length(tokens, width, [self.qkv, self.proj])
+        if length * 2 >= len(tokens):
+            qkv = linear(self.qkv, tokens)
+            return linear(self.proj, attend_runs(qkv, runs, table, self.num_heads, dropout, self.fused_attn))
+        done = torch.empty_like(tokens)
+        start = 0
+        for groups, gh, gw in runs:
+            bias = run_bias(table, self.num_heads, gh, gw)
+            step = groups if bias is None else max(1, length // (gh * gw))
+            for first in range(0, groups, step):
+                run = (min(step, groups - first), gh, gw)
+                end = start + run[0] * gh * gw
+                qkv = linear(self.qkv, tokens[start:end])
+                x = attend_run(qkv, run, table, bias, self.num_heads, dropout, self.fused_attn)
+                done[start:end] = linear(self.proj, x)
+                start = end
+        return done
 
     @torch.jit.unused
     def _attend_indexed(self, qkv: Tensor, dropout: float) -> Tensor:
@@ -172,23 +194,24 @@ def share_indices() -> Iterator[None]:
 _shared_indices: contextvars.ContextVar[Optional[Dict[Any, Any]]] = contextvars.ContextVar('indices', default=None)
 
 
+# Pairs of tokens, heads included, whose position biases are built at once: 64 MiB in fp32. Only `map` groups of large
+# images come near: 4,096 tokens and 24 heads, at 2048 px, would need 1.6 GB.
+_BIAS_PAIRS = 1 << 24
+
+
 def attend_runs(
         qkv: Tensor,
-        batch: int,
-        rows: List[Segment],
-        cols: List[Segment],
+        runs: List[Run],
         table: Tensor,
         num_heads: int,
         dropout: float,
         fused: bool,
 ) -> Tensor:
-    """Attend run by run of equally long groups: one run if groups divide the map, up to nine if they do not.
+    """Attend run by run of equally long groups.
 
     Args:
         qkv: Queries, keys and values [B * H * W, 3 * C] in the order of `to_groups`.
-        batch: Maps, B.
-        rows: Segments of the H axis.
-        cols: Segments of the W axis.
+        runs: From `list_runs`.
         table: Position biases by offset [heads or 1, 2 * TH - 1, 2 * TW - 1] for the longest groups at least.
         num_heads: Heads.
         dropout: Rate of dropout of attention weights.
@@ -197,27 +220,44 @@ def attend_runs(
     Returns:
         Tokens [B * H * W, C] in the same order.
     """
-    table = table.to(qkv.dtype)
-    runs: List[Tensor] = []
+    done: List[Tensor] = []
     start = 0
-    for row in rows:
-        for col in cols:
-            gh, gw = row[2], col[2]
-            groups = batch * row[1] * row[4] * col[1] * col[4]
-            end = start + groups * gh * gw
-            q, k, v = _split_heads(qkv[start:end].view(groups, gh * gw, qkv.shape[1]), num_heads)
-            start = end
-            # A position bias is built for 2 ** 24 pairs of tokens at most (64 MiB in fp32), heads included. Only `map`
-            # groups of large images come near: 4,096 tokens and 24 heads, at 2048 px, would need 1.6 GB.
-            band = max(1, (1 << 24) // (num_heads * gw * gh * gw))  # rows of queries at a time
-            bands: List[Tensor] = []
-            for first in range(0, gh, band):
-                last = min(first + band, gh)
-                bias = expand_bias(table, gh, gw, first, last)
-                queries = q if band >= gh else q[:, :, first * gw:last * gw]
-                bands.append(_attend(queries, k, v, bias, dropout, fused, None))
-            runs.append((bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)).flatten(0, 1))
-    return runs[0] if len(runs) == 1 else torch.cat(runs)
+    for groups, gh, gw in runs:
+        end = start + groups * gh * gw
+        part = qkv if len(runs) == 1 else qkv[start:end]
+        bias = run_bias(table, num_heads, gh, gw)
+        done.append(attend_run(part, (groups, gh, gw), table, bias, num_heads, dropout, fused))
+        start = end
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def run_bias(table: Tensor, num_heads: int, gh: int, gw: int, most: int = _BIAS_PAIRS) -> Optional[Tensor]:
+    """Build the position bias of groups of gh x gw tokens; None if it is too large to be built at once."""
+    return expand_bias(table, gh, gw, 0, gh) if num_heads * (gh * gw) ** 2 <= most else None
+
+
+def attend_run(
+        qkv: Tensor,
+        run: Run,
+        table: Tensor,
+        bias: Optional[Tensor],
+        num_heads: int,
+        dropout: float,
+        fused: bool,
+        most: int = _BIAS_PAIRS,
+) -> Tensor:
+    """Attend within groups of one length; see `attend_runs`. A missing bias is built from the table in pieces."""
+    groups, gh, gw = run
+    q, k, v = _split_heads(qkv.view(groups, gh * gw, qkv.shape[1]), num_heads)
+    if bias is not None:
+        return _attend(q, k, v, bias.to(qkv.dtype), dropout, fused, None).flatten(0, 1)
+    rows = max(1, most // (num_heads * gw * gh * gw))  # of queries at a time
+    bands: List[Tensor] = []
+    for first in range(0, gh, rows):
+        last = min(first + rows, gh)
+        band = expand_bias(table, gh, gw, first, last).to(qkv.dtype)
+        bands.append(_attend(q[:, :, first * gw:last * gw], k, v, band, dropout, fused, None))
+    return torch.cat(bands, dim=1).flatten(0, 1)
 
 
 def _split_heads(groups: Tensor, num_heads: int) -> Tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +289,7 @@ def _attend(
     Returns:
         Tokens [B * nG, Q, C].
     """
-    if fused:
+    if fused and not (bias.requires_grad and bias.device.type == 'cpu'):  # no fused kernel there, only a slow detour
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout)
     else:
         attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
@@ -277,7 +317,8 @@ def _attend_opaque(
         qkv.shape[1], qkv.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
     legacy_size = (group_size[0], group_size[1]) if legacy_lookup else None
     table = bias_table(mlp, longest(rows), longest(cols), legacy_size)
-    groups = attend_runs(to_groups(qkv, rows, cols), qkv.shape[0], rows, cols, table, num_heads, 0., fused)
+    groups = attend_runs(
+        to_groups(qkv, rows, cols), list_runs(qkv.shape[0], rows, cols), table, num_heads, 0., fused)
     return from_groups(groups, [*qkv.shape[:3], groups.shape[1]], rows, cols)
 
 

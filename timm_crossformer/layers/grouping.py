@@ -14,6 +14,7 @@ from torch import Tensor
 
 Layout = Tuple[int, int, int]  # regions, size, interval
 Segment = Tuple[int, int, int, int, int]  # start, regions, size, interval, phases
+Run = Tuple[int, int, int]  # groups, rows of a group, columns of a group
 
 LDA_GROUPINGS = ('map', 'region', 'grid')
 
@@ -149,8 +150,17 @@ def _split_axis(x: Tensor, dim: int, segment: Segment) -> Tensor:
     return x.movedim(-1, dim + 1).unsqueeze(dim)
 
 
+def list_runs(batch: int, rows: List[Segment], cols: List[Segment]) -> List[Run]:
+    """List the runs of equally long groups: one if groups divide the map, up to nine if they do not."""
+    runs: List[Run] = []
+    for row in rows:
+        for col in cols:
+            runs.append((batch * row[1] * row[4] * col[1] * col[4], row[2], col[2]))
+    return runs
+
+
 def to_groups(x: Tensor, rows: List[Segment], cols: List[Segment]) -> Tensor:
-    """Put tokens [B, H, W, C] in the order of their groups, run after run of equally long groups: [B * H * W, C]."""
+    """Put tokens [B, H, W, C] in the order of their groups, run after run: [B * H * W, C], a view where order stays."""
     C = x.shape[3]
     if len(rows) == 1 and len(cols) == 1:
         return group_view(x, rows[0], cols[0]).reshape(-1, C)
@@ -167,6 +177,10 @@ def to_groups(x: Tensor, rows: List[Segment], cols: List[Segment]) -> Tensor:
 
 def from_groups(tokens: Tensor, shape: List[int], rows: List[Segment], cols: List[Segment]) -> Tensor:
     """Undo `to_groups`; `shape` is [B, H, W, C]."""
+    if len(rows) == 1 and len(cols) == 1:
+        row, col = rows[0], cols[0]
+        groups = tokens.view(shape[0], row[1], row[4], col[1], col[4], row[2], col[2], shape[3])
+        return groups.permute(0, 1, 5, 2, 3, 6, 4, 7).reshape(shape)
     x = tokens.new_empty(shape)
     start = 0
     for row in rows:

@@ -1,4 +1,6 @@
 """Linear layers and the MLP of a block, as fast as the CPU allows."""
+from typing import List
+
 import torch
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 # Below this many multiply-adds the overhead of oneDNN outweighs its speed.
 _LEAST_WORK = 1 << 23
 
-# Numbers that the hidden layer of an MLP holds at a time in inference on a CPU, 4 MiB in fp32: whole maps would go to
+# Numbers that a wide intermediate result holds at a time in inference on a CPU, 4 MiB in fp32: whole maps would go to
 # main memory and back, and above 32 MiB glibc maps fresh pages for every result, at the cost of a fault each.
 _CHUNK = 1 << 20
 
@@ -47,22 +49,25 @@ if _onednn_linear is not None:
 
 
 class Mlp(TimmMlp):
-    """timm's MLP, in inference on a CPU over some tokens at a time."""
-
-    def __init__(self, in_features: int, hidden_features: int, **kwargs):
-        super().__init__(in_features, hidden_features, **kwargs)
-        self.hidden_features = hidden_features
+    """timm's MLP with `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens [..., C]."""
         if torch.jit.is_scripting():
             return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != 'cpu':
-            return self._transform(x)
-        parts = [self._transform(part) for part in x.flatten(0, -2).split(max(1, _CHUNK // self.hidden_features))]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
-
-    @torch.jit.ignore
-    def _transform(self, x: Tensor) -> Tensor:
         x = self.drop1(self.act(linear(self.fc1, x)))
         return self.drop2(linear(self.fc2, self.norm(x)))
+
+
+@torch.jit.ignore
+def chunk_length(x: Tensor, width: int, modules: List[nn.Module]) -> int:
+    """Return how many of the tokens x [..., C] to pass through modules at once, where they make `width` numbers of one.
+
+    In inference on a CPU a few at a time; all of them where somebody observes what a module does with a map.
+    """
+    tokens = x.numel() // x.shape[-1]
+    if torch.is_grad_enabled() or x.device.type != 'cpu' or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return tokens
+    if any(part._forward_hooks or part._forward_pre_hooks for module in modules for part in module.modules()):
+        return tokens
+    return min(tokens, max(1, _CHUNK // width))
