@@ -112,6 +112,17 @@ def test_chunks_give_the_same(chunk, grouping, monkeypatch):
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('most', [1, 40, 700])
+def test_a_bias_built_in_pieces_gives_the_same(most):
+    groups, gh, gw, heads = 3, 4, 5, 2
+    qkv, table = torch.randn(groups * gh * gw, 3 * heads * 8), torch.randn(heads, 2 * gh - 1, 2 * gw - 1)
+    bias = attention.run_bias(table, heads, gh, gw)
+    whole = attention.attend_run(qkv, (groups, gh, gw), table, bias, heads, 0., True)
+    assert attention.run_bias(table, heads, gh, gw, most) is None
+    pieces = attention.attend_run(qkv, (groups, gh, gw), table, None, heads, 0., True, most)
+    torch.testing.assert_close(pieces, whole)
+
+
 def test_a_block_works_on_chunks_but_not_under_observation(monkeypatch):
     model, x = small(), noise(2, 3, 75, 90)
     monkeypatch.setattr(module, '_CHUNK', 12800)

@@ -137,7 +137,7 @@ class GroupAttention(nn.Module):
         start = 0
         for groups, gh, gw in runs:
             bias = run_bias(table, self.num_heads, gh, gw)
-            step = groups if bias is None else max(1, length // (gh * gw))
+            step = max(1 if bias is not None else 8, length // (gh * gw))  # to build a large bias takes long
             for first in range(0, groups, step):
                 run = (min(step, groups - first), gh, gw)
                 end = start + run[0] * gh * gw
