@@ -82,7 +82,7 @@ class CrossFormerBlock(nn.Module):
     @torch.jit.unused
     def _add_mlp(self, x: Tensor) -> Tensor:
         length = chunk_length(x, self.hidden_features, [self.norm2, self.mlp])
-        if length == x.shape[:-1].numel():
+        if length == 0:
             return x + self.drop_path2(self.mlp(self.norm2(x)))
         x = x.contiguous()
         for part in x.view(-1, x.shape[-1]).split(length):  # in place: nobody else has seen this sum

@@ -130,7 +130,7 @@ class GroupAttention(nn.Module):
         """Project and attend at once or, large maps in inference on a CPU, a few groups at a time."""
         width = 3 * self.num_heads * self.head_dim
         length = chunk_length(tokens, width, [self.qkv, self.proj])
-        if length * 2 >= len(tokens):
+        if length == 0:
             qkv = linear(self.qkv, tokens)
             return linear(self.proj, attend_runs(qkv, runs, table, self.num_heads, dropout, self.fused_attn))
         done = torch.empty_like(tokens)

@@ -63,11 +63,14 @@ class Mlp(TimmMlp):
 def chunk_length(x: Tensor, width: int, modules: List[nn.Module]) -> int:
     """Return how many of the tokens x [..., C] to pass through modules at once, where they make `width` numbers of one.
 
-    In inference on a CPU a few at a time; all of them where somebody observes what a module does with a map.
+    Inference on a CPU takes a few at a time if there are many. 0 stands for all of them: elsewhere, and where somebody
+    observes what a module does with a map.
     """
-    tokens = x.numel() // x.shape[-1]
-    if torch.is_grad_enabled() or x.device.type != 'cpu' or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return tokens
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+        return 0
+    if type(x) is not Tensor or x.device.type != 'cpu':
+        return 0
     if any(part._forward_hooks or part._forward_pre_hooks for module in modules for part in module.modules()):
-        return tokens
-    return min(tokens, max(1, _CHUNK // width))
+        return 0
+    length = max(1, _CHUNK // width)
+    return length if x.numel() > 2 * length * x.shape[-1] else 0  # two chunks are not worth their overhead
