@@ -1,5 +1,6 @@
 """Any size, any order, any batch, any precision; arguments and inputs that are wrong."""
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from common import GROUPINGS, VARIANTS, noise, small
 from timm.layers import set_fused_attn
 
 from timm_crossformer import CrossFormer
+from timm_crossformer.config import plain_group_size
 from timm_crossformer.layers import GroupAttention
 from timm_crossformer.layers.grouping import map_segments
 
@@ -190,6 +192,8 @@ def test_wrong_arguments(args, message):
 
 def test_numbers_of_numpy_are_numbers():
     assert timm.create_model('test_crossformer', num_classes=np.int64(5), interval=np.int64(2)).num_classes == 5
+    assert json.dumps(plain_group_size('group_size', np.int64(7), (1, 1))) == '7'
+    assert json.dumps(plain_group_size('group_size', (np.int64(7), (4, np.int64(5))), (1, 1))) == '[7, [[4, 5]]]'
 
 
 def test_unknown_arguments():

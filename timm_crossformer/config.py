@@ -1,6 +1,6 @@
 """Read constructor arguments that may be given once, per stage or per block."""
 from numbers import Integral
-from typing import Any, List, Sequence, Tuple, Union
+from typing import Any, List, Sequence, Tuple, TypeGuard, Union
 
 StageSize = Union[int, Tuple[int, int], List[int], List[Tuple[int, int]]]
 GroupSize = Union[int, Sequence[StageSize]]
@@ -49,7 +49,8 @@ def resolve_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> Li
             raise ValueError(
                 f'`{name}` needs a number, a tuple (height, width) or a list with one entry per block, got {entry} '
                 f'for stage {stage} with {depth} blocks.')
-        pairs = [(b, b) if _is_whole(b) else tuple(b) if _is_pair(b) else (0, 0) for b in blocks]
+        pairs = [
+            (int(b), int(b)) if _is_whole(b) else (int(b[0]), int(b[1])) if _is_pair(b) else (0, 0) for b in blocks]
         if min(min(pair) for pair in pairs) < 1:
             raise ValueError(f'`{name}` needs whole numbers from 1 up, got {entry} for stage {stage}.')
         sizes.append(pairs)
@@ -58,8 +59,8 @@ def resolve_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> Li
 
 def plain_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> Union[int, List]:
     """Rewrite a group size so that it survives JSON: numbers where groups are square, else per block."""
-    if isinstance(value, int):
-        return value
+    if _is_whole(value):
+        return int(value)
     plain: List = []
     for pairs in resolve_group_size(name, value, depths):
         blocks = [pair[0] if pair[0] == pair[1] else list(pair) for pair in pairs]
@@ -67,7 +68,7 @@ def plain_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> Unio
     return plain
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
