@@ -10,7 +10,6 @@ In --output: checkpoint.pt, log.csv, plot.svg, config.json, and at the end model
 """
 import argparse
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -60,7 +59,7 @@ DROP_PATH = {
 
 # A run may be resumed with other values of these: they do not change its result.
 FREE_ARGUMENTS = (
-    'data', 'output', 'checkpoint_steps', 'checkpoint_minutes', 'workers', 'fold_convolutions', 'local_rank', 'rank',
+    'data', 'output', 'checkpoint_steps', 'checkpoint_minutes', 'workers', 'local_rank', 'rank',
     'distributed',
 )
 
@@ -297,7 +296,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--amp', choices=('auto', 'on', 'off'), default='auto', help='bf16; auto: on CUDA only')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--fold-convolutions', action='store_true', help='the same network, faster to train on a CPU')
     parser.add_argument('--workers', type=int, default=0, help='processes that load data; 0: this one')
     parser.add_argument('--checkpoint-steps', type=int, default=0, help='save every so many steps; 0: by time only')
     parser.add_argument('--checkpoint-minutes', type=float, default=5.)
@@ -395,8 +393,6 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
             print(f'Going on from step {step} of {steps * args.epochs}.', flush=True)
     elif main:
         describe_run(folder, settings)
-    if args.fold_convolutions:
-        fold_convolutions(model)  # the averaged model, which is evaluated, keeps its own
     net = model
     if args.distributed:
         net = torch.nn.parallel.DistributedDataParallel(
@@ -484,25 +480,6 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
 def as_it_is(batch: Any) -> Any:
     """Return a batch that needs no collating."""
     return batch
-
-
-def fold_convolutions(model: torch.nn.Module) -> None:
-    """Compute large strided convolutions of the image as small dense ones of blocks of stride x stride pixels.
-
-    The same sums in another order. On a CPU the gradients of CrossFormer's stem take a sixth of the time that way; the
-    forward pass alone is slower.
-    """
-    for conv in model.modules():
-        if isinstance(conv, torch.nn.Conv2d) and conv.in_channels == 3 and conv.kernel_size[0] % conv.stride[0] == 0:
-            conv.forward = functools.partial(folded_convolution, conv)
-
-
-def folded_convolution(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """Convolve x, whose padded sides are multiples of the stride."""
-    stride, pad = conv.stride[0], conv.padding[0]
-    x, weight = (F.pixel_unshuffle(t, stride) for t in (F.pad(x, (pad,) * 4), conv.weight))
-    nhwc = torch.channels_last
-    return F.conv2d(x.contiguous(memory_format=nhwc), weight.contiguous(memory_format=nhwc), conv.bias)
 
 
 def random_subset(length: int, limit: Optional[int]) -> torch.Tensor:

@@ -2,8 +2,8 @@
 from .attention import GroupAttention as GroupAttention
 from .attention import share_indices as share_indices
 from .cooling import AmplitudeCooling as AmplitudeCooling
+from .cpu import Mlp as Mlp
+from .cpu import chunk_length as chunk_length
 from .embedding import CrossScaleEmbed as CrossScaleEmbed
 from .grouping import LDA_GROUPINGS as LDA_GROUPINGS
-from .linear import Mlp as Mlp
-from .linear import chunk_length as chunk_length
 from .position_bias import DynamicPosBias as DynamicPosBias

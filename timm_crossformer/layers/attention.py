@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
+from .cpu import chunk_length, linear
 from .grouping import (
     Layout,
     Run,
@@ -20,7 +21,6 @@ from .grouping import (
     map_segments,
     to_groups,
 )
-from .linear import chunk_length, linear
 from .position_bias import DynamicPosBias, bias_table, expand_bias
 
 

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from .cpu import strided_conv
+
 
 class CrossScaleEmbed(nn.Module):
     """Embed a map at several scales: the stem, and the downsampling between stages.
@@ -57,7 +59,11 @@ class CrossScaleEmbed(nn.Module):
         # Channels last on the way in and out: large kernels run several times faster on the CPU that way, and the
         # blocks that follow want the channels of a token side by side.
         x = x.contiguous(memory_format=torch.channels_last)
-        x = torch.cat([conv(x) for conv in self.convs], dim=1).contiguous(memory_format=torch.channels_last)
+        if torch.jit.is_scripting():
+            maps = [conv(x) for conv in self.convs]
+        else:
+            maps = [strided_conv(conv, x) for conv in self.convs]
+        x = torch.cat(maps, dim=1).contiguous(memory_format=torch.channels_last)
         if not self.norm_first:
             x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return x

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN and MLPs in chunks: the same numbers, visible to whoever observes a layer."""
+"""Linear layers by oneDNN, folded convolutions and chunks: the same numbers, visible to whoever observes a layer."""
 import copy
 
 import pytest
@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_crossformer.layers.attention as attention
-import timm_crossformer.layers.linear as module
-from timm_crossformer.layers.linear import linear
+import timm_crossformer.layers.cpu as module
+from timm_crossformer.layers.cpu import linear
 
 pytestmark = pytest.mark.filterwarnings('ignore:TF32 acceleration')  # flags() sets everything, for Intel GPUs as well
 
@@ -88,11 +88,90 @@ class _Wrapped(nn.Module):
         return linear(self.layer, x)
 
 
-def test_gradients_take_the_usual_way(calls):
+@pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
+@pytest.mark.parametrize('shape', [(5, 6), (2, 3, 4, 6), (0, 6)], ids=str)
+def test_gradients_are_the_same(shape, bias, calls):
+    layer, x = nn.Linear(6, 7, bias=bias), torch.randn(*shape, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x).sin().sum(), wanted)
+    torch.testing.assert_close(torch.autograd.grad(linear(layer, x).sin().sum(), wanted), expected)
+    expected = torch.autograd.grad(layer(x).sum(), wanted)  # an expanded gradient
+    torch.testing.assert_close(torch.autograd.grad(linear(layer, x).sum(), wanted), expected)
+    assert len(calls) == (4 if x.numel() else 0)  # forward and backward
+
+
+def test_only_wanted_gradients_are_computed(calls):
     layer, x = nn.Linear(6, 7), torch.randn(3, 6)
     linear(layer, x).sum().backward()
-    assert layer.weight.grad is not None
+    assert len(calls) == 1 and layer.weight.grad is not None
+    layer.requires_grad_(False)
+    assert not linear(layer, x).requires_grad
+    x.requires_grad_()
+    linear(layer, x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 6))
+
+
+def test_second_derivatives_are_the_same(calls):
+    layer, x = nn.Linear(6, 7), torch.randn(3, 6, requires_grad=True)
+    penalties = []
+    for apply in (layer, lambda x: linear(layer, x)):
+        grad, = torch.autograd.grad(apply(x).sin().sum(), x, create_graph=True)
+        penalties.append(torch.autograd.grad(grad.square().sum(), [x, layer.weight, layer.bias]))
+    torch.testing.assert_close(penalties[1], penalties[0])
+    assert calls
+
+
+def test_the_backward_pass_keeps_the_precision_of_the_forward_pass():
+    layer, x = nn.Linear(6, 7), torch.randn(3, 6)
+    expected, = torch.autograd.grad(layer(x).sin().sum(), layer.weight)
+    loss = linear(layer, x).sin().sum()
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(loss, layer.weight)[0], expected)
+
+
+@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated')  # within forward_ad
+def test_function_transforms_see_the_usual_call(calls):
+    layer, x = nn.Linear(6, 7), torch.randn(3, 6)
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: linear(layer, x).sum())(x), layer.weight.detach().sum(0).expand(3, 6))
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones(3, 6))
+            tangent = torch.autograd.forward_ad.unpack_dual(linear(layer, dual)).tangent
+        torch.testing.assert_close(tangent, layer.weight.detach().sum(1).expand(3, 7))
     assert not calls
+
+
+def test_hooks_on_gradients_are_called(calls):
+    layer, seen = nn.Linear(6, 7), []
+    layer.register_full_backward_hook(lambda *args: seen.append(args))
+    linear(layer, torch.randn(3, 6, requires_grad=True)).sum().backward()
+    assert len(seen) == 1
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args))
+    linear(nn.Linear(6, 7), torch.randn(3, 6))
+    handle.remove()
+    assert len(seen) == 2
+    assert not calls
+
+
+@pytest.mark.parametrize('kernel', [4, 8, 16, 32])
+def test_a_folded_convolution_gives_the_same(kernel):
+    layer = nn.Conv2d(3, 5, kernel, stride=4, padding=(kernel - 4) // 2)
+    x = torch.randn(2, 3, 24, 36, requires_grad=True)
+    shapes = []
+    wanted = [x, *layer.parameters()]
+    expected, gradients = layer(x), torch.autograd.grad(layer(x).sin().sum(), wanted)
+    handle = layer.register_forward_hook(lambda *_: shapes.append(1))
+    torch.testing.assert_close(module.strided_conv(layer, x), expected)
+    assert shapes == [1]  # observed: called as it is
+    handle.remove()
+    out = module.strided_conv(layer, x)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.sin().sum(), wanted), gradients)
+    weight = out.grad_fn.next_functions[1][0].name()
+    assert weight in ('PixelUnshuffleBackward0', 'CloneBackward0')  # the latter from a change of memory format
+    with torch.no_grad():
+        assert torch.equal(module.strided_conv(layer, x), layer(x))
 
 
 def test_flops_are_counted():
