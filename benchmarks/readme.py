@@ -4,12 +4,13 @@
     python benchmarks/readme.py --check    exit with 1 if a file differs from what would be written
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is one of `TABLES`; words after it are
-arguments, as in `<!-- table: csv train/cifar10.csv model accuracy -->`.
+arguments, as in `<!-- table: csv_file train/peers.csv model accuracy -->`.
 """
 import argparse
 import csv
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
@@ -260,6 +261,21 @@ def compiled(results: Path) -> str:
 
 
 @table
+def operators(results: Path) -> str:
+    """Where the time goes, by kind of operator."""
+    path = results / 'operators.csv'
+    rows = _read(path) if path.exists() else []
+    about = {'contestant', 'task', 'size', 'batch', 'threads', 'hardware', 'torch', 'timm'}
+    kinds = [name for name in rows[0] if name not in about] if rows else []
+    what = {'logits': 'inference', 'features': 'inference', 'train': 'training step'}
+    body = []
+    for row in rows:
+        case = f'{what[row["task"]]}, {row["size"]} px, batch {row["batch"]}'
+        body.append([_with_grouping(row['contestant']), case, row['threads'], *(row[kind] for kind in kinds)])
+    return markdown(['ms', 'case', 'threads', *kinds], body, 'python benchmarks/operators.py')
+
+
+@table
 def targets(results: Path) -> str:
     """Targets and what was measured."""
     return markdown(*targets_table(results))
@@ -274,6 +290,25 @@ def csv_file(results: Path, name: str, *columns: str) -> str:
     rows = _read(path)
     names = list(columns or rows[0])
     return markdown(names, [[row[column] for column in names] for row in rows])
+
+
+@table
+def peers(results: Path) -> str:
+    """Compare the networks that were trained alike, over their seeds."""
+    path = results / 'train' / 'peers.csv'
+    rows = _read(path) if path.exists() else []
+    runs: Dict[str, List[Row]] = {}
+    for row in rows:
+        runs.setdefault(row['model'], []).append(row)
+    head = ['network', 'parameters', 'MMACs', 'seeds', 'accuracy, mean', 'lowest to highest', 'CPU s per epoch']
+    body = []
+    for name, own in runs.items():
+        accuracies = [float(row['accuracy']) for row in own]
+        body.append([
+            name, own[0]['parameters'], own[0]['mmacs'], len(own), f'{statistics.mean(accuracies):.1f}',
+            f'{min(accuracies):.1f} to {max(accuracies):.1f}',
+            f'{statistics.median(float(row["cpu_seconds_per_epoch"]) for row in own):.1f}'])
+    return markdown(head, body, 'python benchmarks/peers.py')
 
 
 def _read(path: Path) -> List[Row]:

@@ -56,17 +56,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--backbone', default='test_crossformer', help='any CrossFormer')
     parser.add_argument('--detector', default='FasterRCNN', choices=['FasterRCNN', 'RetinaNet', 'MaskRCNN'])
-    parser.add_argument('--steps', type=int, default=60)
+    parser.add_argument('--steps', type=int, help='60, or 400 of RetinaNet, which starts slowly')
     parser.add_argument('--output', default='detection_torchvision.png')
     args = parser.parse_args()
+    steps = args.steps or (400 if args.detector == 'RetinaNet' else 60)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     sizes = [(63, 97), (71, 75), (67, 90), (64, 96)]
 
     model = build(args.detector, Backbone(args.backbone))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=args.steps, pct_start=.2)
-    for step in range(args.steps):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=.2)
+    for step in range(steps):
         images, targets = zip(*[scene(*size, generator) for size in sizes], strict=True)
         losses = model(list(images), [dict(target) for target in targets])
         loss = sum(losses.values())

@@ -128,3 +128,12 @@ def test_inductor():
     compiled = torch.compile(model, fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_aotinductor_compiles_a_program_of_one_size(tmp_path):
+    model, x = shallow(num_classes=10), noise(1, 3, 72, 50)
+    with torch.no_grad():
+        program = export_program(model, (72, 50), dynamic=False)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'model.pt2'))
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x), rtol=1e-4, atol=1e-5)

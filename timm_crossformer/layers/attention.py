@@ -194,9 +194,9 @@ def share_indices() -> Iterator[None]:
 _shared_indices: contextvars.ContextVar[Optional[Dict[Any, Any]]] = contextvars.ContextVar('indices', default=None)
 
 
-# Pairs of tokens, heads included, whose position biases are built at once: 64 MiB in fp32. Only `map` groups of large
-# images come near: 4,096 tokens and 24 heads, at 2048 px, would need 1.6 GB.
-_BIAS_PAIRS = 1 << 24
+# Pairs of tokens, heads included, whose position biases are built at once: 16 MiB in fp32, as above 32 MiB glibc maps
+# fresh pages every time. Only `map` groups of large images have more: 4,096 tokens and 24 heads, at 2048 px, 1.6 GB.
+_BIAS_PAIRS = 1 << 22
 
 
 def attend_runs(
@@ -253,9 +253,10 @@ def attend_run(
         return _attend(q, k, v, bias.to(qkv.dtype), dropout, fused, None).flatten(0, 1)
     rows = max(1, most // (num_heads * gw * gh * gw))  # of queries at a time
     bands: List[Tensor] = []
+    k, v = k.flip([2]), v.flip([2])  # their order is free, and biases in this order are built faster
     for first in range(0, gh, rows):
         last = min(first + rows, gh)
-        band = expand_bias(table, gh, gw, first, last).to(qkv.dtype)
+        band = expand_bias(table, gh, gw, first, last, True).to(qkv.dtype)
         bands.append(_attend(q[:, :, first * gw:last * gw], k, v, band, dropout, fused, None))
     return torch.cat(bands, dim=1).flatten(0, 1)
 
