@@ -109,6 +109,7 @@ def plot(logs: Dict[str, List[List[Dict[str, str]]]], path: str, title: str) -> 
                     points.setdefault(int(row['epoch']), []).append(float(row['accuracy']))
         axes.plot(list(points), [statistics.mean(values) for values in points.values()], marker='.', label=peer)
     axes.set(xlabel='epoch', ylabel='top-1 accuracy, %', title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False)

@@ -271,7 +271,8 @@ def operators(results: Path) -> str:
     body = []
     for row in rows:
         case = f'{what[row["task"]]}, {row["size"]} px, batch {row["batch"]}'
-        body.append([_with_grouping(row['contestant']), case, row['threads'], *(row[kind] for kind in kinds)])
+        name = short(row['contestant'].replace(' drop_path_rate=0.2', ''))
+        body.append([name, case, row['threads'], *(row[kind] for kind in kinds)])
     return markdown(['ms', 'case', 'threads', *kinds], body, 'python benchmarks/operators.py')
 
 

@@ -252,13 +252,14 @@ def attend_run(
     if bias is not None:
         return _attend(q, k, v, bias.to(qkv.dtype), dropout, fused, None).flatten(0, 1)
     rows = max(1, most // (num_heads * gw * gh * gw))  # of queries at a time
-    bands: List[Tensor] = []
     k, v = k.flip([2]), v.flip([2])  # their order is free, and biases in this order are built faster
+    # One result from the start: small ones, left between biases, would keep the heap from reusing the place of a bias.
+    done = qkv.new_empty([groups, gh * gw, qkv.shape[1] // 3])
     for first in range(0, gh, rows):
         last = min(first + rows, gh)
         band = expand_bias(table, gh, gw, first, last, True).to(qkv.dtype)
-        bands.append(_attend(q[:, :, first * gw:last * gw], k, v, band, dropout, fused, None))
-    return torch.cat(bands, dim=1).flatten(0, 1)
+        done[:, first * gw:last * gw] = _attend(q[:, :, first * gw:last * gw], k, v, band, dropout, fused, None)
+    return done.flatten(0, 1)
 
 
 def _split_heads(groups: Tensor, num_heads: int) -> Tuple[Tensor, Tensor, Tensor]:
