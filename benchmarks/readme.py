@@ -301,7 +301,8 @@ def peers(results: Path) -> str:
     runs: Dict[str, List[Row]] = {}
     for row in rows:
         runs.setdefault(row['model'], []).append(row)
-    head = ['network', 'parameters', 'MMACs', 'seeds', 'accuracy, mean', 'lowest to highest', 'CPU s per epoch']
+    budget = '{data}, {train_images} images, {epochs} epochs, {img_size} px'.format(**rows[0]) if rows else ''
+    head = [budget, 'parameters', 'MMACs', 'seeds', 'accuracy, mean', 'lowest to highest', 'CPU s per epoch']
     body = []
     for name, own in runs.items():
         accuracies = [float(row['accuracy']) for row in own]

@@ -1,6 +1,7 @@
 """Every code block of the README does what it says."""
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ import torch
 from common import official_weights
 
 from timm_crossformer.cli import build_parser, main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+
+import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -34,6 +39,13 @@ def test_commands_parse(line):
 @pytest.mark.parametrize('line', [c for c in COMMANDS if c.startswith('make')])
 def test_make_targets_exist(line):
     assert f'\n{line.split()[1]}: ' in (ROOT / 'Makefile').read_text()
+
+
+def test_the_training_command_parses():
+    line = next(c for c in COMMANDS if c.startswith('torchrun'))
+    program, *arguments = shlex.split(line)[3:]
+    assert (ROOT / program).exists()
+    assert train.parse_args(arguments).recipe == 'imagenet'
 
 
 def test_weights_commands_run_as_written(tmp_path, monkeypatch, capsys):

@@ -32,8 +32,8 @@ def made_up(tmp_path_factory):
             bench.write_rows(folder, what, rows)
     (folder / 'train').mkdir()
     (folder / 'train' / 'peers.csv').write_text(
-        'model,parameters,mmacs,seed,accuracy,cpu_seconds_per_epoch\n'
-        'Swin,600000,6.4,0,42,7\nSwin,600000,6.4,1,40,8\nViT,620000,44.7,0,39,41\n')
+        'model,parameters,mmacs,data,train_images,epochs,img_size,seed,accuracy,cpu_seconds_per_epoch\n'
+        'Swin,600000,6.4,dots,9,4,32,0,42,7\nSwin,600000,6.4,dots,9,4,32,1,40,8\nViT,620000,44.7,dots,9,4,32,0,39,41\n')
     (folder / 'operators.csv').write_text(
         'contestant,task,size,batch,threads,linear layers,total,hardware,torch,timm\n'
         'vit_pytorch/CrossFormer,logits,224,8,2,70,80,an abacus,9.9,1\n')
