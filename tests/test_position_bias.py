@@ -156,6 +156,7 @@ def test_table_cached_under_inference_mode_serves_gradients():
     logits = model(x)
     logits.sum().backward()
     torch.testing.assert_close(logits.detach(), expected, rtol=1e-5, atol=1e-5)  # sums in another order
+    assert torch.equal(logits.detach(), small().requires_grad_(False)(x).detach())  # which never had a cache
     assert x.grad.abs().sum() > 0
 
 

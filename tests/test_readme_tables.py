@@ -48,7 +48,8 @@ def test_committed_tables_are_those_of_the_committed_results():
 @pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'csv_file'}))
 def test_tables_without_results_name_the_command(tmp_path, name):
     text = readme.TABLES[name](tmp_path)
-    assert ('not measured' if name == 'targets' else 'Not measured yet: `python benchmarks/') in text
+    script = name if name in ('operators', 'peers') else 'bench'
+    assert ('not measured' if name == 'targets' else f'Not measured yet: `python benchmarks/{script}.py') in text
 
 
 @pytest.mark.parametrize('name, holds', [
