@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from common import GROUPINGS, noise, small
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_crossformer.layers.attention as attention
@@ -174,6 +175,56 @@ def test_a_folded_convolution_gives_the_same(kernel):
         assert torch.equal(module.strided_conv(layer, x), layer(x))
 
 
+@pytest.mark.parametrize('act', [nn.GELU(), nn.GELU('tanh'), nn.SiLU()], ids=['gelu', 'tanh', 'silu'])
+def test_an_activation_follows(act, calls):
+    layer, x = nn.Linear(6, 7), torch.randn(3, 6, requires_grad=True)
+    expected = act(layer(x))
+    torch.testing.assert_close(linear(layer, x, act), expected)
+    assert calls[-1][3] == 'none'  # gradients of a GELU need what it was given
+    with torch.no_grad():
+        torch.testing.assert_close(linear(layer, x, act), expected)
+        assert calls[-1][3] == ('gelu' if isinstance(act, nn.GELU) and act.approximate == 'none' else 'none')
+        seen = []
+        act.register_forward_hook(lambda *args: seen.append(args[1][0]))
+        torch.testing.assert_close(linear(layer, x, act), expected)
+        torch.testing.assert_close(seen, [layer(x)])
+        with torch.backends.mkldnn.flags(enabled=False):
+            torch.testing.assert_close(linear(layer, x, nn.GELU()), F.gelu(layer(x)))
+
+
+@pytest.mark.parametrize('size', [(2, 2), (6, 4)], ids=str)
+@pytest.mark.parametrize('kernel', [2, 4])
+def test_a_convolution_with_many_weights_gives_the_same(kernel, size, calls):
+    layer = nn.Conv2d(8, 48, kernel, stride=2, padding=(kernel - 2) // 2)
+    x = torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        out = module.strided_conv(layer, x)
+        torch.testing.assert_close(out, layer(x))
+        assert len(calls) == (layer.weight.numel() >= 10 * x.numel()) and out.stride() == layer(x).stride()
+        with torch.backends.mkldnn.flags(enabled=False):
+            plain = module.strided_conv(layer, x)
+        torch.testing.assert_close(plain, out)
+        assert plain.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('heads_of_bias', [1, 3])
+def test_products_attend_as_the_fused_kernel_does(heads_of_bias, monkeypatch):
+    shapes = [5, 3, 8, 4], [5, 3, 12, 4], [5, 3, 12, 4]
+    q, k, v = (torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2) for shape in shapes)
+    bias = torch.randn(heads_of_bias, 8, 12)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    alone = attention._attend(q, k, v, bias, 0., True, None)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    seen = []
+    products = attention._attend_by_products
+    monkeypatch.setattr(attention, '_attend_by_products', lambda *args: seen.append(1) or products(*args))
+    torch.testing.assert_close(attention._attend(q, k, v, bias, 0., True, None), alone)
+    assert seen == [1]
+    monkeypatch.setattr(attention, '_FEW_TOKENS', 11)
+    assert torch.equal(attention._attend(q, k, v, bias, 0., True, None), alone)
+    assert seen == [1]
+
+
 def test_flops_are_counted():
     layer, x = nn.Linear(6, 7), torch.randn(2, 5, 6)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -209,11 +260,11 @@ def test_a_block_works_on_chunks_but_not_under_observation(monkeypatch):
     maps = [2, 19, 23, 32]
     sizes = {'qkv': [], 'fc1': []}
 
-    def fake(layer, x):
+    def fake(layer, x, act=None):
         for name, of in (('qkv', block.attn.qkv), ('fc1', block.mlp.fc1)):
             if layer is of:
                 sizes[name].append(x.shape[:-1].numel())
-        return layer(x)
+        return layer(x) if act is None else act(layer(x))
 
     monkeypatch.setattr(attention, 'linear', fake)
     monkeypatch.setattr(module, 'linear', fake)
@@ -237,5 +288,86 @@ def test_a_model_gives_the_same_either_way(calls):
         count = len(calls)
         with torch.backends.mkldnn.flags(enabled=False):
             plain = copy.deepcopy(model)(x)
-    assert count == 4 * 10 == len(calls)  # qkv, proj, fc1, fc2 of ten blocks
+    assert count == 4 * 10 + 1 == len(calls)  # qkv, proj, fc1, fc2 of ten blocks; a convolution with many weights
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+
+
+IN_GRAPH = ['attend', 'conv', 'mlp']
+
+
+def compiled(model):
+    """Compile without code generation; return the calls of operators as well."""
+    names = []
+
+    def backend(graph, _):
+        targets = [str(node.target).split('.') for node in graph.graph.nodes]
+        names.extend(target[1] for target in targets if target[0] == 'timm_crossformer')
+        return graph
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=aot_autograd(fw_compiler=backend), dynamic=True), names
+
+
+@pytest.mark.parametrize('args', [{}, {'qkv_bias': False}, {'pos_bias': 'lucidrains'}], ids=str)
+def test_a_graph_for_inference_holds_the_same_ways(args, monkeypatch):
+    monkeypatch.setattr(module, '_CHUNK', 12800)
+    model = small(depths=(2, 1, 1, 1), **args)
+    graph, names = compiled(model)
+    for size in ((75, 90), (64, 64)):
+        x = noise(2, 3, *size)
+        with torch.inference_mode():
+            torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+    assert [names.count(name) for name in IN_GRAPH] == [5, 10, 5]  # 5 blocks, 4 + 3 * 2 convolutions
+
+
+def test_a_graph_follows_replaced_and_observed_layers():
+    model, x = small(depths=(1, 1, 1, 1)), noise(2, 3, 64, 64)
+    block = model.stages[0].blocks[0]
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for parent, name in ((block.attn, 'qkv'), (block.mlp, 'fc2')):
+        layer = Doubled(*reversed(getattr(parent, name).weight.shape))
+        layer.load_state_dict(getattr(parent, name).state_dict())
+        setattr(parent, name, layer)
+    model.stages[1].blocks[0].mlp.act.register_forward_hook(lambda module, args, out: out + 1)
+    model.stages[1].downsample.convs[0].register_forward_hook(lambda module, args, out: out + 1)
+    graph, names = compiled(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+        assert [names.count(name) for name in IN_GRAPH] == [4, 9, 2]
+
+
+def test_a_graph_follows_given_and_changed_weights():
+    block, x = small(depths=(1, 1, 1, 1)).stages[3].blocks[0], torch.randn(1, 16, 16, 96)
+    weights = {name: 1.5 * weight for name, weight in block.state_dict().items()}
+    with torch.no_grad():
+        graph, _ = compiled(lambda x: torch.func.functional_call(block, weights, x))
+        torch.testing.assert_close(graph(x), torch.func.functional_call(block, weights, x), rtol=1e-5, atol=1e-5)
+        graph, names = compiled(block)
+        before = graph(x)
+        assert names == ['attend', 'mlp']
+        for p in block.attn.pos_bias.parameters():  # its table is remembered
+            p.data.normal_()
+        assert not torch.allclose(graph(x), before, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(graph(x), block(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
+def test_operators_keep_their_word(bias):
+    """PyTorch's own checks: schema, shapes and strides of fake tensors, with sizes that change."""
+    mlp = [nn.Linear(4, 8, bias=bias), nn.Linear(8, 4, bias=bias)]
+    weights = [p for layer in mlp for p in (layer.weight.detach(), None if not bias else layer.bias.detach())]
+    checks = ('test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic')
+    torch.library.opcheck(module._mlp_in_graph, (torch.randn(2, 5, 3, 4), *weights), test_utils=checks)
+    conv = nn.Conv2d(4, 8, 4, stride=2, padding=1, bias=bias).requires_grad_(False)
+    x = torch.randn(2, 4, 6, 8).contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(module._conv_in_graph, (x, conv.weight, conv.bias, 2, 1), test_utils=checks)
+    attend = attention.GroupAttention(32, 2, qkv_bias=bias).requires_grad_(False)
+    args = (list(attend.pos_bias.mlp.parameters()), 2, [7, 7], 1, 'sda', False, False, True)
+    layers = attend.qkv, attend.proj
+    layers = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    torch.library.opcheck(attention._attend_opaque, (torch.randn(2, 9, 8, 32), *layers, *args), test_utils=checks)
+    torch.library.opcheck(attention._attend_opaque, (torch.randn(2, 9, 8, 96), [], [], *args), test_utils=checks)

@@ -1,15 +1,17 @@
 """Position bias at true offsets, and a cache nobody can see."""
 import copy
+import gc
 import itertools
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
 from common import noise, small
 
 from timm_crossformer.layers import DynamicPosBias
-from timm_crossformer.layers.position_bias import bias_table, expand_bias
+from timm_crossformer.layers.position_bias import _tables, bias_table, expand_bias
 
 
 def make(dim=4, heads=3, legacy=None):
@@ -128,7 +130,7 @@ def test_copies_start_without_the_cache(clone):
     module = make()
     table = module(3, 3)
     twin = clone(module)
-    assert twin._cache is None
+    assert _tables.get(twin.mlp[0].weight) is None
     twin.mlp[0].weight.mul_(2)
     assert not torch.equal(twin(3, 3), table)
     assert module(3, 3) is table
@@ -138,7 +140,17 @@ def test_cache_stays_small():
     module = make()
     for n in range(1, 40):
         module(n, 1)
-    assert len(module._cache[1]) <= 8
+    assert len(_tables[module.mlp[0].weight][1]) <= 8
+
+
+def test_the_cache_ends_with_its_parameters():
+    module = make()
+    module(3, 3)
+    weight = weakref.ref(module.mlp[0].weight)
+    count = len(_tables)
+    del module
+    gc.collect()
+    assert weight() is None and len(_tables) < count
 
 
 def test_gradients_flow_in_evaluation():

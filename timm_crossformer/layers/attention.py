@@ -1,14 +1,15 @@
 """Multi-head attention inside groups, with dynamic position bias: SDA and LDA alike."""
 import contextlib
 import contextvars
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from .cpu import chunk_length, linear
+from .cpu import chunk_length, few_tokens, is_ours, linear, product
 from .grouping import (
     Layout,
     Run,
@@ -21,7 +22,7 @@ from .grouping import (
     map_segments,
     to_groups,
 )
-from .position_bias import DynamicPosBias, bias_table, expand_bias
+from .position_bias import DynamicPosBias, bias_table, expand_bias, remember
 
 
 @register_notrace_module  # grouping depends on the size of the map
@@ -99,18 +100,25 @@ class GroupAttention(nn.Module):
         elif torch.compiler.is_exporting() or torch.is_grad_enabled():
             x = self.proj(self._attend_indexed(self.qkv(x), dropout))
         else:
-            x = self.proj(_attend_opaque(
-                self.qkv(x),
-                list(self.pos_bias.mlp.parameters()),
-                self.num_heads,
-                list(self.group_size),
-                self.interval,
-                self.grouping,
-                self.fit_groups,
-                self.legacy_lookup,
-                self.fused_attn,
-            ))
+            x = self._attend_opaquely(x)
         return self.proj_drop(x)
+
+    @torch.jit.unused
+    def _attend_opaquely(self, x: Tensor) -> Tensor:
+        """Attend in one operator; on a CPU the layers before and after it are part of it."""
+        config = (
+            list(self.pos_bias.mlp.parameters()),
+            self.num_heads,
+            list(self.group_size),
+            self.interval,
+            self.grouping,
+            self.fit_groups,
+            self.legacy_lookup,
+            self.fused_attn,
+        )
+        if is_ours(self.qkv, nn.Linear, x) and is_ours(self.proj, nn.Linear, x):
+            return _attend_opaque(x, [self.qkv.weight, self.proj.weight], [self.qkv.bias, self.proj.bias], *config)
+        return self.proj(_attend_opaque(self.qkv(x), [], [], *config))
 
     def _attend_runs(self, x: Tensor, dropout: float) -> Tensor:
         """Attend run by run of equally long groups. Tokens with C channels are sorted, not queries, keys and values."""
@@ -127,25 +135,10 @@ class GroupAttention(nn.Module):
 
     @torch.jit.unused
     def _project_and_attend(self, tokens: Tensor, runs: List[Run], table: Tensor, dropout: float) -> Tensor:
-        """Project and attend at once or, large maps in inference on a CPU, a few groups at a time."""
-        width = 3 * self.num_heads * self.head_dim
-        length = chunk_length(tokens, width, [self.qkv, self.proj])
-        if length == 0:
-            qkv = linear(self.qkv, tokens)
-            return linear(self.proj, attend_runs(qkv, runs, table, self.num_heads, dropout, self.fused_attn))
-        done = torch.empty_like(tokens)
-        start = 0
-        for groups, gh, gw in runs:
-            bias = run_bias(table, self.num_heads, gh, gw)
-            step = max(1 if bias is not None else 8, length // (gh * gw))  # to build a large bias takes long
-            for first in range(0, groups, step):
-                run = (min(step, groups - first), gh, gw)
-                end = start + run[0] * gh * gw
-                qkv = linear(self.qkv, tokens[start:end])
-                x = attend_run(qkv, run, table, bias, self.num_heads, dropout, self.fused_attn)
-                done[start:end] = linear(self.proj, x)
-                start = end
-        return done
+        length = chunk_length(tokens, 3 * self.num_heads * self.head_dim, [self.qkv, self.proj])
+        return project_and_attend(
+            tokens, partial(linear, self.qkv), partial(linear, self.proj), runs, table, self.num_heads, dropout,
+            self.fused_attn, length)
 
     @torch.jit.unused
     def _attend_indexed(self, qkv: Tensor, dropout: float) -> Tensor:
@@ -197,6 +190,33 @@ _shared_indices: contextvars.ContextVar[Optional[Dict[Any, Any]]] = contextvars.
 # Pairs of tokens, heads included, whose position biases are built at once: 16 MiB in fp32, as above 32 MiB glibc maps
 # fresh pages every time. Only `map` groups of large images have more: 4,096 tokens and 24 heads, at 2048 px, 1.6 GB.
 _BIAS_PAIRS = 1 << 22
+
+
+def project_and_attend(
+        tokens: Tensor,
+        qkv: Callable[[Tensor], Tensor],
+        proj: Callable[[Tensor], Tensor],
+        runs: List[Run],
+        table: Tensor,
+        num_heads: int,
+        dropout: float,
+        fused: bool,
+        length: int,
+) -> Tensor:
+    """Project tokens [B * H * W, C], attend and project, about `length` tokens at a time, 0 for all; `attend_runs`."""
+    if length == 0:
+        return proj(attend_runs(qkv(tokens), runs, table, num_heads, dropout, fused))
+    done = torch.empty_like(tokens)
+    start = 0
+    for groups, gh, gw in runs:
+        bias = run_bias(table, num_heads, gh, gw)
+        step = max(1 if bias is not None else 8, length // (gh * gw))  # to build a large bias takes long
+        for first in range(0, groups, step):
+            run = (min(step, groups - first), gh, gw)
+            end = start + run[0] * gh * gw
+            done[start:end] = proj(attend_run(qkv(tokens[start:end]), run, table, bias, num_heads, dropout, fused))
+            start = end
+    return done
 
 
 def attend_runs(
@@ -291,7 +311,10 @@ def _attend(
     Returns:
         Tokens [B * nG, Q, C].
     """
-    if fused and not (bias.requires_grad and bias.device.type == 'cpu'):  # no fused kernel there, only a slow detour
+    on_cpu = bias.device.type == 'cpu'
+    if not torch.jit.is_scripting() and fused and dropout == 0. and _suits_products(q, bias):
+        x = _attend_by_products(q, k, v, bias)
+    elif fused and not (on_cpu and bias.requires_grad):  # no fused kernel there, only a slow detour
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout)
     else:
         attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
@@ -302,9 +325,32 @@ def _attend(
     return x.transpose(1, 2).flatten(2)
 
 
+# In groups of up to so many tokens PyTorch's fused CPU kernel gains so little from further threads that plain products
+# of matrices overtake it.
+_FEW_TOKENS = 64
+
+
+@torch.jit.unused
+def _suits_products(q: Tensor, bias: Tensor) -> bool:
+    return (
+        q.device.type == 'cpu' and q.dtype == torch.float32 and not bias.requires_grad
+        and bias.shape[2] <= _FEW_TOKENS and torch.get_num_threads() > 1)
+
+
+@torch.jit.unused
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    batch, heads, _, head_dim = q.shape
+    biases = bias.repeat(batch * heads // bias.shape[0], 1, 1)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    attn = torch.baddbmm(biases, q, k.transpose(1, 2), alpha=head_dim ** -0.5)
+    return torch.bmm(attn.softmax(dim=-1), v).unflatten(0, [batch, heads])
+
+
 @torch.library.custom_op('timm_crossformer::attend', mutates_args=())
 def _attend_opaque(
-        qkv: Tensor,
+        x: Tensor,
+        weights: List[Tensor],
+        biases: List[Optional[Tensor]],
         mlp: List[Tensor],
         num_heads: int,
         group_size: List[int],
@@ -314,19 +360,33 @@ def _attend_opaque(
         legacy_lookup: bool,
         fused: bool,
 ) -> Tensor:
-    """Attend as in eager mode, from inside a graph compiled for inference: one graph for all sizes, soon compiled."""
-    rows, cols = map_segments(
-        qkv.shape[1], qkv.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
+    """Attend as in eager mode, from inside a graph compiled for inference: one graph for all sizes, soon compiled.
+
+    Args:
+        x: Tokens [B, H, W, C]; without weights, their queries, keys and values [B, H, W, 3 * C].
+        weights: Of the linear layers before and after, or none.
+        biases: Of the same.
+        mlp: Parameters of the position bias.
+        (others): See `GroupAttention`.
+    """
+    rows, cols = map_segments(x.shape[1], x.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
     legacy_size = (group_size[0], group_size[1]) if legacy_lookup else None
-    table = bias_table(mlp, longest(rows), longest(cols), legacy_size)
-    groups = attend_runs(
-        to_groups(qkv, rows, cols), list_runs(qkv.shape[0], rows, cols), table, num_heads, 0., fused)
-    return from_groups(groups, [*qkv.shape[:3], groups.shape[1]], rows, cols)
+    height, width = longest(rows), longest(cols)
+    table = remember(mlp, (height, width, legacy_size), lambda: bias_table(mlp, height, width, legacy_size))
+    runs = list_runs(x.shape[0], rows, cols)
+    tokens = to_groups(x, rows, cols)
+    if weights:
+        qkv, proj = (partial(product, weight=w, bias=b) for w, b in zip(weights, biases, strict=True))
+        length = few_tokens(tokens, len(weights[0]))
+        tokens = project_and_attend(tokens, qkv, proj, runs, table, num_heads, 0., fused, length)
+    else:
+        tokens = attend_runs(tokens, runs, table, num_heads, 0., fused)
+    return from_groups(tokens, [*x.shape[:3], tokens.shape[1]], rows, cols)
 
 
 @_attend_opaque.register_fake
-def _(qkv: Tensor, *_) -> Tensor:
-    return qkv.new_empty([*qkv.shape[:-1], qkv.shape[-1] // 3])
+def _(x: Tensor, weights: List[Tensor], *_) -> Tensor:
+    return x.new_empty([*x.shape[:-1], weights[1].shape[0] if weights else x.shape[-1] // 3])
 
 
 def _opaque_layout(layout: Layout) -> Layout:

@@ -1,4 +1,4 @@
-"""What a CPU computes faster another way, in eager mode: linear layers, convolutions of an image, wide maps.
+"""What a CPU computes faster another way: linear layers, convolutions of an image, wide maps.
 
 Whatever is not a plain layer, or is being observed by hooks or a tracer, is called as it is. The operators of oneDNN
 take part while `torch.backends.mkldnn.enabled` is true.
@@ -23,6 +23,9 @@ _CHUNK = 1 << 20
 # With fewer channels than a vector register holds, oneDNN computes the gradients of wide kernels number by number.
 _FEW_CHANNELS = 16
 
+# A convolution with this many times more weights than numbers in its input is bound by reading the weights.
+_MANY_WEIGHTS = 10
+
 _onednn_linear: Any = None
 if torch.backends.mkldnn.is_available():
     _onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
@@ -46,28 +49,54 @@ def _is_plain(layer: nn.Module, kind: Type[nn.Module]) -> bool:
     return type(layer) is kind and 'forward' not in layer.__dict__ and not _is_observed(layer)
 
 
+def is_ours(layer: nn.Module, kind: Type[nn.Module], x: Tensor) -> bool:
+    """Return whether the way to compute a layer of x is ours to choose: one of fp32 numbers on a CPU, not exported."""
+    return (
+        type(x) is Tensor and x.device.type == 'cpu' and x.dtype == torch.float32
+        and _is_plain(layer, kind) and type(layer.weight) is nn.Parameter
+        and layer.weight.dtype == torch.float32 and layer.weight.device.type == 'cpu'
+        and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_exporting() and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    )
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    """Return whether oneDNN is there and a product by it worth its overhead."""
+    enabled = _onednn_linear is not None and bool(torch.backends.mkldnn.enabled)
+    return enabled and x.numel() * weight.shape[0] >= _LEAST_WORK
+
+
 @torch.jit.ignore
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a linear layer; in fp32 on a CPU through oneDNN, 1.1 to 1.3 times as fast as PyTorch's choice.
+def linear(layer: Any, x: Tensor, act: Optional[nn.Module] = None) -> Tensor:
+    """Apply a linear layer and then `act`; in fp32 on a CPU through oneDNN, 1.1 to 1.3 times as fast as PyTorch.
 
-    It is the operator that torch.compile chooses there. A shape seen for the first time costs about a millisecond
-    once.
+    Without gradients oneDNN applies a GELU to results that are still in the cache. A shape seen for the first time
+    costs about a millisecond once.
     """
-    if (
-        _onednn_linear is None or not torch.backends.mkldnn.enabled
-        or not _is_eager(x) or not _is_plain(layer, nn.Linear) or type(layer.weight) is not nn.Parameter
-        or not x.dtype == layer.weight.dtype == torch.float32 or layer.weight.device.type != 'cpu'
-        or x.numel() * layer.weight.shape[0] < _LEAST_WORK
-        or torch.is_autocast_enabled('cpu')
-        or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
-        return layer(x)
-    if torch.is_grad_enabled():
-        return _Linear.apply(x, layer.weight, layer.bias)
-    return _onednn_linear(x, layer.weight, layer.bias, 'none', [], '')
+    if torch.compiler.is_compiling() or not is_ours(layer, nn.Linear, x):
+        x = layer(x)
+    elif torch.is_grad_enabled():
+        x = _LinearWithGradient.apply(x, layer.weight, layer.bias) if _pays(x, layer.weight) else layer(x)
+    elif act is not None and _is_exact_gelu(act):
+        return product(x, layer.weight, layer.bias, True)
+    else:
+        x = product(x, layer.weight, layer.bias)
+    return x if act is None else act(x)
 
 
-class _Linear(torch.autograd.Function):
+def _is_exact_gelu(act: nn.Module) -> bool:
+    return _is_plain(act, nn.GELU) and act.approximate == 'none'
+
+
+def product(x: Tensor, weight: Tensor, bias: Optional[Tensor], gelu: bool = False) -> Tensor:
+    """Multiply without gradients, then add, then apply a GELU if wanted."""
+    if _pays(x, weight):
+        return _onednn_linear(x, weight, bias, *(('gelu', [], 'none') if gelu else ('none', [], '')))
+    x = F.linear(x, weight, bias)
+    return F.gelu(x) if gelu else x
+
+
+class _LinearWithGradient(torch.autograd.Function):
     """oneDNN's linear operator, which has no gradient of its own, with one.
 
     The gradient of the weight is left to PyTorch: that product is as fast there.
@@ -106,19 +135,44 @@ if _onednn_linear is not None:
 def strided_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a convolution to x [B, C, H, W], whose sides its stride divides.
 
-    Where gradients are wanted on a CPU, one of few channels is computed as a dense one of blocks of stride x stride
-    pixels: the same sums in another order. The stem's gradients take a quarter of the time that way in a batch of 8
-    images, and a fortieth in one of 1 or 2.
+    On a CPU two kinds are computed as other products, the same sums in another order. One of few channels whose
+    gradients are wanted, the stem's, becomes a dense one of blocks of stride x stride pixels: gradients take a quarter
+    of the time in a batch of 8 images, and a fortieth in one of 1 or 2. One with far more weights than input, as on
+    the last map of one image, becomes a linear layer of patches: oneDNN would bring all weights into another order.
     """
     stride, pad = layer.stride[0], cast(Tuple[int, int], layer.padding)[0]
+    if not torch.is_grad_enabled():
+        if not is_ours(layer, nn.Conv2d, x):
+            return layer(x)
+        conv = _conv_in_graph if torch.compiler.is_compiling() else _conv
+        return conv(x, layer.weight, layer.bias, stride, pad)
     if (
-        not torch.is_grad_enabled() or not _is_eager(x) or not _is_plain(layer, nn.Conv2d)
+        not _is_eager(x) or not _is_plain(layer, nn.Conv2d)
         or layer.in_channels >= _FEW_CHANNELS or layer.kernel_size[0] % stride != 0
     ):
         return layer(x)
     nhwc = torch.channels_last
     x, weight = (F.pixel_unshuffle(t, stride) for t in (F.pad(x, [pad] * 4), layer.weight))
     return F.conv2d(x.contiguous(memory_format=nhwc), weight.contiguous(memory_format=nhwc), layer.bias)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: int, pad: int) -> Tensor:
+    if weight.numel() < _MANY_WEIGHTS * x.numel() or not _pays(x, weight):
+        return F.conv2d(x, weight, bias, stride, pad).contiguous(memory_format=torch.channels_last)
+    kernel = weight.shape[2]
+    patches = F.pad(x, [pad] * 4).unfold(2, kernel, stride).unfold(3, kernel, stride)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # B, rows, columns, C * kernel * kernel
+    return _onednn_linear(patches, weight.flatten(1), bias, 'none', [], '').permute(0, 3, 1, 2)
+
+
+# Left to itself, torch.compile brings all weights into another order in every call.
+_conv_in_graph = torch.library.custom_op('timm_crossformer::conv', _conv, mutates_args=())
+
+
+@_conv_in_graph.register_fake
+def _(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: int, pad: int) -> Tensor:
+    B, _, H, W = x.shape
+    return x.new_empty([B, H // stride, W // stride, weight.shape[0]]).permute(0, 3, 1, 2)
 
 
 class Mlp(TimmMlp):
@@ -128,8 +182,34 @@ class Mlp(TimmMlp):
         """Transform tokens [..., C]."""
         if torch.jit.is_scripting():
             return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
-        x = self.drop1(self.act(linear(self.fc1, x)))
+        if torch.compiler.is_compiling() and self._is_two_products(x):
+            return _mlp_in_graph(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        x = self.drop1(linear(self.fc1, x, self.act))
         return self.drop2(linear(self.fc2, self.norm(x)))
+
+    @torch.jit.unused
+    def _is_two_products(self, x: Tensor) -> bool:
+        return (
+            not torch.is_grad_enabled() and not self.training
+            and is_ours(self.fc1, nn.Linear, x) and is_ours(self.fc2, nn.Linear, x)
+            and _is_exact_gelu(self.act) and _is_plain(self.norm, nn.Identity)
+            and _is_plain(self.drop1, nn.Dropout) and _is_plain(self.drop2, nn.Dropout)
+        )
+
+
+# Left to itself, torch.compile calls PyTorch's products, unless it may freeze the weights, on whole maps.
+@torch.library.custom_op('timm_crossformer::mlp', mutates_args=())
+def _mlp_in_graph(
+        x: Tensor, weight1: Tensor, bias1: Optional[Tensor], weight2: Tensor, bias2: Optional[Tensor]) -> Tensor:
+    tokens = x.flatten(0, -2)
+    length = few_tokens(tokens, weight1.shape[0]) or len(tokens)
+    done = [product(product(part, weight1, bias1, True), weight2, bias2) for part in tokens.split(length)]
+    return (done[0] if len(done) == 1 else torch.cat(done)).view(x.shape)
+
+
+@_mlp_in_graph.register_fake
+def _(x: Tensor, *_) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.jit.ignore
@@ -143,5 +223,10 @@ def chunk_length(x: Tensor, width: int, modules: List[nn.Module]) -> int:
         return 0
     if any(_is_observed(part) for module in modules for part in module.modules()):
         return 0
+    return few_tokens(x, width)
+
+
+def few_tokens(x: Tensor, width: int) -> int:
+    """Return how many of the tokens x [..., C] make a chunk; 0 for all of them."""
     length = max(1, _CHUNK // width)
     return length if x.numel() > 2 * length * x.shape[-1] else 0  # two chunks are not worth their overhead

@@ -63,10 +63,11 @@ class CrossScaleEmbed(nn.Module):
             maps = [conv(x) for conv in self.convs]
         else:
             maps = [strided_conv(conv, x) for conv in self.convs]
-        x = torch.cat(maps, dim=1).contiguous(memory_format=torch.channels_last)
+        # Joined as tokens: in a compiled graph the layout of this result would be that of all blocks that follow.
+        x = torch.cat([m.permute(0, 2, 3, 1) for m in maps], dim=3).contiguous()
         if not self.norm_first:
-            x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return x
+            x = self.norm(x)
+        return x.permute(0, 3, 1, 2)
 
 
 @register_notrace_function  # sizes decide

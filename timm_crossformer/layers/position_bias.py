@@ -1,9 +1,10 @@
 """Dynamic position bias, DPB (paper, section 3.3): attention bias from relative offsets through a small MLP."""
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .grouping import divide
 
@@ -16,8 +17,6 @@ class DynamicPosBias(nn.Module):
     In evaluation the table is kept between calls for as long as the parameters hold the values it was computed from,
     so that it never needs to be reset.
     """
-
-    __jit_ignored_attributes__ = ['_cache']
 
     def __init__(
             self,
@@ -40,11 +39,6 @@ class DynamicPosBias(nn.Module):
             nn.LayerNorm(dim, **dd), nn.ReLU(), nn.Linear(dim, dim, **dd),
             nn.LayerNorm(dim, **dd), nn.ReLU(), nn.Linear(dim, num_heads, **dd),
         )
-        self._cache: Any = None  # (fingerprint, {group size: table}), replaced as a whole
-
-    def __getstate__(self) -> Dict[str, Any]:
-        """Leave the cache out of copies and pickles."""
-        return dict(self.__dict__, _cache=None)
 
     def forward(self, height: int, width: int) -> Tensor:
         """Compute the bias of every offset inside a group of height x width tokens.
@@ -73,20 +67,7 @@ class DynamicPosBias(nn.Module):
         params = list(self.mlp.parameters())
         if torch.is_grad_enabled() and any(p.requires_grad for p in params):
             return self._exact_table(height, width)
-        fingerprint = _fingerprint(params)
-        if fingerprint is None:
-            return self._exact_table(height, width)
-        cache = self._cache
-        if cache is None or len(cache[1]) >= _CACHE_SIZES or not _same(cache[0], fingerprint):
-            cache = (fingerprint, {})
-            self._cache = cache
-        key = (height, width, self.legacy_size)
-        table = cache[1].get(key)
-        if table is None:
-            with torch.inference_mode(False), torch.no_grad():  # a later call that records gradients may use it
-                table = self._exact_table(height, width)
-            cache[1][key] = table
-        return table
+        return remember(params, (height, width, self.legacy_size), lambda: self._exact_table(height, width))
 
     @torch.jit.unused
     def _exact_table(self, height: int, width: int) -> Tensor:
@@ -126,6 +107,28 @@ def _offsets(height: int, width: int, legacy_size: Optional[Tuple[int, int]], de
         row, col = divide(entry, 2 * cols + 1)
         dy, dx = row - rows, col - cols
     return torch.stack([dy, dx], dim=-1)
+
+
+# First parameter of an MLP: (fingerprint of all, {group size: table}), replaced as a whole. Not in the module, where
+# copies and pickles would carry it, and where the operators of compiled graphs, which take tensors only, cannot look.
+_tables: Any = WeakTensorKeyDictionary()
+
+
+def remember(params: Sequence[Tensor], key: Tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+    """Return the table of these parameters and this key, computed if it was not or their values have changed."""
+    fingerprint = _fingerprint(params)
+    if fingerprint is None:
+        return compute()
+    known: Optional[Tuple[Any, Dict[Tuple[Any, ...], Tensor]]] = _tables.get(params[0])
+    if known is None or len(known[1]) >= _CACHE_SIZES or not _same(known[0], fingerprint):
+        known = (fingerprint, {})
+        _tables[params[0]] = known
+    table = known[1].get(key)
+    if table is None:
+        with torch.inference_mode(False), torch.no_grad():  # a later call that records gradients may use it
+            table = compute()
+        known[1][key] = table
+    return table
 
 
 def _fingerprint(params) -> Any:
