@@ -611,6 +611,9 @@ TARGETS = (
     Target('the same with fit_groups', 1.08, False, _sizes_target(True)),
     Target('training step, 224 B8: crossformer_small faster than birder', 1.15, True, (
         _faster(_SMALL_TRAINED, BIRDER, 'train', **_STEP),)),
+    Target('torch.compile faster than eager, 224 B1 and B8: small', 1., True, tuple(
+        (f'batch {batch}', 'compile', *({'contestant': 'crossformer_small', 'batch': batch, 'mode': mode}
+                                        for mode in ('eager', 'compile')), '') for batch in (1, 8))),
     Target('peak memory over that of swin_tiny, 800x1344 and 1024: small', 1., False, tuple(
         (f'crossformer_small at {size}', 'memory', {'contestant': 'crossformer_small', 'size': size},
          {'contestant': SWIN, 'size': size}, 'peak') for size in ('800x1344', '1024'))),
@@ -708,7 +711,7 @@ QUICK_PLANS = {
     ],
     'memory': [_MEMORY, _MEMORY_GROWTH],
     'bias': [_BIAS],
-    'compile': [replace(PLANS['compile'][0], models=['crossformer_small'], batch=(1,))],
+    'compile': [replace(PLANS['compile'][0], models=['crossformer_small'])],
 }
 
 
@@ -775,7 +778,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     texts = {
         'infer': 'forward pass', 'train': 'forward, backward and optimizer step', 'sizes': 'image sizes in turn',
         'memory': 'peak memory, one process per case', 'bias': 'with and without the cache of position biases',
-        'compile': 'eager against torch.compile', 'all': 'all parts; with --quick all but compile',
+        'compile': 'eager against torch.compile', 'all': 'all parts',
     }
     for what, text in texts.items():
         part = parts.add_parser(what, help=text)
@@ -810,7 +813,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.what == 'variants':
         print(write_variants(args.results))
         return 0
-    parts = [args.what] if args.what != 'all' else [what for what in PLANS if not args.quick or what != 'compile']
+    parts = [args.what] if args.what != 'all' else list(PLANS)
     reference = None if args.compare is None else read_rows(args.compare)
     rows = [row for what in parts for row in run_part(what, args)]
     if args.what == 'all':

@@ -281,6 +281,26 @@ def test_a_block_works_on_chunks_but_not_under_observation(monkeypatch):
     assert list(seen[1]) == maps and len(seen) == 4
 
 
+def test_chunks_leave_the_input_alone_and_respect_replacements(monkeypatch):
+    monkeypatch.setattr(module, '_CHUNK', 1)
+    model = small()
+    block, x = model.stages[0].blocks[0], torch.randn(1, 4, 4, 32)  # one group: its tokens are in order
+    before = x.clone()
+    with torch.no_grad():
+        plain = before + block.attn(block.norm1(before))
+        torch.testing.assert_close(block(x), plain + block.mlp(block.norm2(plain)))
+        assert torch.equal(x, before)
+        block.attn = nn.Identity().eval()
+        plain = before + block.norm1(before)
+        torch.testing.assert_close(block(x), plain + block.mlp(block.norm2(plain)))
+    model = small(drop_path_rate=0.9).train()
+    with torch.no_grad():  # whole images are dropped, not tokens
+        torch.manual_seed(0)
+        block, x = model.stages[3].blocks[0], torch.randn(64, 2, 2, 96)
+        kept = ((block(x) - x).flatten(1) != 0).float().mean(1)
+    assert set(kept.tolist()) == {0., 1.}
+
+
 def test_a_model_gives_the_same_either_way(calls):
     model, x = small(), noise(2, 3, 75, 90)
     with torch.inference_mode():

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
 from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
 from .convert import check_head, convert_state_dict, is_foreign
-from .layers import LDA_GROUPINGS, AmplitudeCooling, CrossScaleEmbed, GroupAttention, Mlp, chunk_length, share_indices
+from .layers import (
+    LDA_GROUPINGS,
+    AmplitudeCooling,
+    CrossScaleEmbed,
+    GroupAttention,
+    Mlp,
+    chunk_length,
+    is_plain,
+    share_indices,
+)
 
 
 class CrossFormerBlock(nn.Module):
@@ -74,19 +83,28 @@ class CrossFormerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens [B, H, W, C]."""
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
         if torch.jit.is_scripting():
-            return self.cooling(x + self.drop_path2(self.mlp(self.norm2(x))))
-        return self.cooling(self._add_mlp(x))
+            x = x + self.drop_path1(self.attn(self.norm1(x)))
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        else:
+            x = self._add_mlp(self._add_attention(x))
+        return self.cooling(x)
+
+    @torch.jit.unused
+    def _add_attention(self, x: Tensor) -> Tensor:
+        length = chunk_length(x, 3 * x.shape[-1], [self.norm1, self.attn, self.drop_path1])  # queries, keys and values
+        if length == 0 or not is_plain(self.attn, GroupAttention):
+            return x + self.drop_path1(self.attn(self.norm1(x)))
+        return self.attn.add_in_chunks(x, self.norm1, length)
 
     @torch.jit.unused
     def _add_mlp(self, x: Tensor) -> Tensor:
-        length = chunk_length(x, self.hidden_features, [self.norm2, self.mlp])
+        length = chunk_length(x, self.hidden_features, [self.norm2, self.mlp, self.drop_path2])
         if length == 0:
             return x + self.drop_path2(self.mlp(self.norm2(x)))
         x = x.contiguous()
         for part in x.view(-1, x.shape[-1]).split(length):  # in place: nobody else has seen this sum
-            part += self.drop_path2(self.mlp(self.norm2(part)))
+            part += self.mlp(self.norm2(part))
         return x
 
 

@@ -4,6 +4,7 @@ from .attention import share_indices as share_indices
 from .cooling import AmplitudeCooling as AmplitudeCooling
 from .cpu import Mlp as Mlp
 from .cpu import chunk_length as chunk_length
+from .cpu import is_plain as is_plain
 from .embedding import CrossScaleEmbed as CrossScaleEmbed
 from .grouping import LDA_GROUPINGS as LDA_GROUPINGS
 from .position_bias import DynamicPosBias as DynamicPosBias

@@ -2,14 +2,14 @@
 import contextlib
 import contextvars
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from .cpu import chunk_length, few_tokens, is_ours, linear, product
+from .cpu import few_tokens, is_ours, linear, product
 from .grouping import (
     Layout,
     Run,
@@ -130,15 +130,26 @@ class GroupAttention(nn.Module):
         if torch.jit.is_scripting():
             tokens = self.proj(attend_runs(self.qkv(tokens), runs, table, self.num_heads, dropout, self.fused_attn))
         else:
-            tokens = self._project_and_attend(tokens, runs, table, dropout)
+            qkv = linear(self.qkv, tokens)
+            tokens = linear(self.proj, attend_runs(qkv, runs, table, self.num_heads, dropout, self.fused_attn))
         return from_groups(tokens, [B, H, W, C], rows, cols)
 
     @torch.jit.unused
-    def _project_and_attend(self, tokens: Tensor, runs: List[Run], table: Tensor, dropout: float) -> Tensor:
-        length = chunk_length(tokens, 3 * self.num_heads * self.head_dim, [self.qkv, self.proj])
-        return project_and_attend(
-            tokens, partial(linear, self.qkv), partial(linear, self.proj), runs, table, self.num_heads, dropout,
-            self.fused_attn, length)
+    def add_in_chunks(self, x: Tensor, norm: nn.Module, length: int) -> Tensor:
+        """Return x + self(norm(x)) for inference, computed for about `length` tokens at a time.
+
+        That way two results are as large as the map, not five; at 2048 px each has 100 MB in the first stage.
+        """
+        rows, cols = map_segments(
+            x.shape[1], x.shape[2], self.group_size, self.interval, self.grouping, self.fit_groups)
+        table = self.pos_bias(longest(rows), longest(cols))
+        tokens = to_groups(x, rows, cols)
+        if tokens.data_ptr() == x.data_ptr():
+            tokens = tokens.clone()
+        for part, run, bias in chunks(list_runs(x.shape[0], rows, cols), table, self.num_heads, length):
+            qkv = linear(self.qkv, norm(tokens[part]))
+            tokens[part] += linear(self.proj, attend_run(qkv, run, table, bias, self.num_heads, 0., self.fused_attn))
+        return from_groups(tokens, list(x.shape), rows, cols)
 
     @torch.jit.unused
     def _attend_indexed(self, qkv: Tensor, dropout: float) -> Tensor:
@@ -192,21 +203,13 @@ _shared_indices: contextvars.ContextVar[Optional[Dict[Any, Any]]] = contextvars.
 _BIAS_PAIRS = 1 << 22
 
 
-def project_and_attend(
-        tokens: Tensor,
-        qkv: Callable[[Tensor], Tensor],
-        proj: Callable[[Tensor], Tensor],
+def chunks(
         runs: List[Run],
         table: Tensor,
         num_heads: int,
-        dropout: float,
-        fused: bool,
         length: int,
-) -> Tensor:
-    """Project tokens [B * H * W, C], attend and project, about `length` tokens at a time, 0 for all; `attend_runs`."""
-    if length == 0:
-        return proj(attend_runs(qkv(tokens), runs, table, num_heads, dropout, fused))
-    done = torch.empty_like(tokens)
+) -> Iterator[Tuple[slice, Run, Optional[Tensor]]]:
+    """Cut runs into shorter ones of about `length` tokens; yield where their tokens are, the run and its bias."""
     start = 0
     for groups, gh, gw in runs:
         bias = run_bias(table, num_heads, gh, gw)
@@ -214,9 +217,8 @@ def project_and_attend(
         for first in range(0, groups, step):
             run = (min(step, groups - first), gh, gw)
             end = start + run[0] * gh * gw
-            done[start:end] = proj(attend_run(qkv(tokens[start:end]), run, table, bias, num_heads, dropout, fused))
+            yield slice(start, end), run, bias
             start = end
-    return done
 
 
 def attend_runs(
@@ -375,12 +377,14 @@ def _attend_opaque(
     table = remember(mlp, (height, width, legacy_size), lambda: bias_table(mlp, height, width, legacy_size))
     runs = list_runs(x.shape[0], rows, cols)
     tokens = to_groups(x, rows, cols)
-    if weights:
-        qkv, proj = (partial(product, weight=w, bias=b) for w, b in zip(weights, biases, strict=True))
-        length = few_tokens(tokens, len(weights[0]))
-        tokens = project_and_attend(tokens, qkv, proj, runs, table, num_heads, 0., fused, length)
-    else:
+    if not weights:
         tokens = attend_runs(tokens, runs, table, num_heads, 0., fused)
+    else:
+        qkv, proj = (partial(product, weight=w, bias=b) for w, b in zip(weights, biases, strict=True))
+        done = tokens.new_empty([len(tokens), len(weights[1])])
+        for part, run, bias in chunks(runs, table, num_heads, few_tokens(tokens, len(weights[0])) or len(tokens)):
+            done[part] = proj(attend_run(qkv(tokens[part]), run, table, bias, num_heads, 0., fused))
+        tokens = done
     return from_groups(tokens, [*x.shape[:3], tokens.shape[1]], rows, cols)
 
 

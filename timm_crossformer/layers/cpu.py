@@ -44,7 +44,7 @@ def _is_observed(module: nn.Module) -> bool:
         or _has_any_global_hook())
 
 
-def _is_plain(layer: nn.Module, kind: Type[nn.Module]) -> bool:
+def is_plain(layer: nn.Module, kind: Type[nn.Module]) -> bool:
     """Return whether a call of the layer is the product that its class stands for and nothing else."""
     return type(layer) is kind and 'forward' not in layer.__dict__ and not _is_observed(layer)
 
@@ -53,7 +53,7 @@ def is_ours(layer: nn.Module, kind: Type[nn.Module], x: Tensor) -> bool:
     """Return whether the way to compute a layer of x is ours to choose: one of fp32 numbers on a CPU, not exported."""
     return (
         type(x) is Tensor and x.device.type == 'cpu' and x.dtype == torch.float32
-        and _is_plain(layer, kind) and type(layer.weight) is nn.Parameter
+        and is_plain(layer, kind) and type(layer.weight) is nn.Parameter
         and layer.weight.dtype == torch.float32 and layer.weight.device.type == 'cpu'
         and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_exporting() and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
@@ -85,7 +85,7 @@ def linear(layer: Any, x: Tensor, act: Optional[nn.Module] = None) -> Tensor:
 
 
 def _is_exact_gelu(act: nn.Module) -> bool:
-    return _is_plain(act, nn.GELU) and act.approximate == 'none'
+    return is_plain(act, nn.GELU) and act.approximate == 'none'
 
 
 def product(x: Tensor, weight: Tensor, bias: Optional[Tensor], gelu: bool = False) -> Tensor:
@@ -147,7 +147,7 @@ def strided_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
         conv = _conv_in_graph if torch.compiler.is_compiling() else _conv
         return conv(x, layer.weight, layer.bias, stride, pad)
     if (
-        not _is_eager(x) or not _is_plain(layer, nn.Conv2d)
+        not _is_eager(x) or not is_plain(layer, nn.Conv2d)
         or layer.in_channels >= _FEW_CHANNELS or layer.kernel_size[0] % stride != 0
     ):
         return layer(x)
@@ -192,8 +192,8 @@ class Mlp(TimmMlp):
         return (
             not torch.is_grad_enabled() and not self.training
             and is_ours(self.fc1, nn.Linear, x) and is_ours(self.fc2, nn.Linear, x)
-            and _is_exact_gelu(self.act) and _is_plain(self.norm, nn.Identity)
-            and _is_plain(self.drop1, nn.Dropout) and _is_plain(self.drop2, nn.Dropout)
+            and _is_exact_gelu(self.act) and is_plain(self.norm, nn.Identity)
+            and is_plain(self.drop1, nn.Dropout) and is_plain(self.drop2, nn.Dropout)
         )
 
 
@@ -221,9 +221,10 @@ def chunk_length(x: Tensor, width: int, modules: List[nn.Module]) -> int:
     """
     if torch.is_grad_enabled() or not _is_eager(x):
         return 0
-    if any(_is_observed(part) for module in modules for part in module.modules()):
+    length = few_tokens(x, width)
+    if length and any(part.training or _is_observed(part) for module in modules for part in module.modules()):
         return 0
-    return few_tokens(x, width)
+    return length
 
 
 def few_tokens(x: Tensor, width: int) -> int:
