@@ -590,7 +590,7 @@ _B8 = {'size': '224', 'batch': 8, 'task': 'logits'}
 _B1 = {**_B8, 'batch': 1}
 _LARGE = {'size': '800x1344', 'batch': 1, 'task': 'features'}
 _STEP = {'size': '224', 'batch': 8, 'task': 'train'}
-_SMALL_TRAINED = 'crossformer_small drop_path_rate=0.2'  # birder's rate
+SMALL_TRAINED = 'crossformer_small drop_path_rate=0.2'  # birder's rate
 _CUDA = (('device', 'cuda'), ('dtype', 'bf16'))
 _GROWTH = ('crossformer_small lda_grouping=region', 'crossformer_small lda_grouping=grid')
 
@@ -610,7 +610,7 @@ TARGETS = (
     Target('time per MAC at 256 to 800x1344 over that at 224', 1.2, False, _sizes_target(False)),
     Target('the same with fit_groups', 1.08, False, _sizes_target(True)),
     Target('training step, 224 B8: crossformer_small faster than birder', 1.15, True, (
-        _faster(_SMALL_TRAINED, BIRDER, 'train', **_STEP),)),
+        _faster(SMALL_TRAINED, BIRDER, 'train', **_STEP),)),
     Target('torch.compile faster than eager, 224 B1 and B8: small', 1., True, tuple(
         (f'batch {batch}', 'compile', *({'contestant': 'crossformer_small', 'batch': batch, 'mode': mode}
                                         for mode in ('eager', 'compile')), '') for batch in (1, 8))),
@@ -688,7 +688,7 @@ _BIAS = Plan(['crossformer_tiny', 'crossformer_small'], modes=('eager', 'recompu
 
 PLANS = {
     'infer': [Plan([*OURS, *PEERS], batch=(1, 8)), _DETECTION],
-    'train': [Plan([_SMALL_TRAINED, BIRDER, 'crossformer_lucidrains', VIT_PYTORCH, SWIN], batch=(8,), task='train')],
+    'train': [Plan([SMALL_TRAINED, BIRDER, 'crossformer_lucidrains', VIT_PYTORCH, SWIN], batch=(8,), task='train')],
     'sizes': [
         Plan([*size_contestants(False), *size_contestants(True), SWIN], SIZES[:-1], turns='sizes'),
         Plan(['crossformer_small', *_GROWTH, SWIN], ['512', '2048'], turns='sizes'),
@@ -702,7 +702,7 @@ PLANS = {
 }
 QUICK_PLANS = {
     'infer': PLANS['infer'],
-    'train': [replace(PLANS['train'][0], models=[_SMALL_TRAINED, BIRDER])],
+    'train': [replace(PLANS['train'][0], models=[SMALL_TRAINED, BIRDER])],
     'sizes': [
         Plan([OURS[0], OURS[1], OURS[2], _GROWTH[0]], _TO_DETECTION, threads=(1,), turns='sizes'),
         Plan([*size_contestants(False), *(f'{name} fit_groups=True' for name in OURS[:3]), SWIN], _TO_DETECTION,

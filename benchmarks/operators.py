@@ -30,7 +30,7 @@ SETS = [
     [bench.Case(name, task=task, size='224', batch=8, threads=threads) for name in names]
     for task, names in (
         ('logits', ('crossformer_small', bench.BIRDER, 'crossformer_lucidrains', bench.VIT_PYTORCH)),
-        ('train', ('crossformer_small drop_path_rate=0.2', bench.BIRDER)),
+        ('train', (bench.SMALL_TRAINED, bench.BIRDER)),
     )
     for threads in (1, 2)
 ] + [[bench.Case(f'crossformer_pp_small lda_grouping={grouping}', task='features', size='800x1344', threads=2)

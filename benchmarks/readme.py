@@ -92,15 +92,12 @@ def short(contestant: str) -> str:
 @table
 def variants(results: Path, root: Path = ROOT) -> str:
     """Variants: parameters and multiply-adds counted, accuracy as its origin states it."""
-    path = results / 'variants.csv'
-    if not path.exists():
-        return markdown([], [], 'python benchmarks/bench.py variants')
     manifest = root / 'weights' / 'manifest.json'
     records = json.loads(manifest.read_text(encoding='utf-8'))['weights'] if manifest.exists() else []
     body = []
     # Those with published weights first, CrossFormer before CrossFormer++, then by size.
     published = {record['tag'].partition('.')[0] for record in records if record['metrics']}
-    order = sorted(_read(path), key=lambda row: (
+    order = sorted(_read(results / 'variants.csv'), key=lambda row: (
         row['variant'] not in published, '_pp_' in row['variant'], float(row['gmacs'])))
     for row in order:
         mine = [record for record in records if record['tag'].partition('.')[0] == row['variant']]
@@ -111,7 +108,7 @@ def variants(results: Path, root: Path = ROOT) -> str:
             '; '.join(dict.fromkeys(record['license'] or 'not stated' for record in stated)),
         ])
     head = ['variant', 'params (M)', 'GMACs', 'at px', 'top-1 on ImageNet-1k (source)', 'licence of weights']
-    return markdown(head, body)
+    return markdown(head, body, 'python benchmarks/bench.py variants')
 
 
 def _accuracy(metric: Row) -> str:
@@ -263,15 +260,14 @@ def compiled(results: Path) -> str:
 @table
 def operators(results: Path) -> str:
     """Where the time goes, by kind of operator."""
-    path = results / 'operators.csv'
-    rows = _read(path) if path.exists() else []
+    rows = _read(results / 'operators.csv')
     about = {'contestant', 'task', 'size', 'batch', 'threads', 'hardware', 'torch', 'timm'}
     kinds = [name for name in rows[0] if name not in about] if rows else []
     what = {'logits': 'inference', 'features': 'inference', 'train': 'training step'}
     body = []
     for row in rows:
         case = f'{what[row["task"]]}, {row["size"]} px, batch {row["batch"]}'
-        name = short(row['contestant'].replace(' drop_path_rate=0.2', ''))
+        name = short(row['contestant'].partition(' drop_path_rate')[0])
         body.append([name, case, row['threads'], *(row[kind] for kind in kinds)])
     return markdown(['ms', 'case', 'threads', *kinds], body, 'python benchmarks/operators.py')
 
@@ -285,10 +281,9 @@ def targets(results: Path) -> str:
 @table
 def csv_file(results: Path, name: str, *columns: str) -> str:
     """Show a CSV file below benchmarks/results as it is, all columns or the named ones."""
-    path = results / name
-    if not path.exists():
+    rows = _read(results / name)
+    if not rows:
         return f'Not measured yet: benchmarks/results/{name}.\n'
-    rows = _read(path)
     names = list(columns or rows[0])
     return markdown(names, [[row[column] for column in names] for row in rows])
 
@@ -296,8 +291,7 @@ def csv_file(results: Path, name: str, *columns: str) -> str:
 @table
 def peers(results: Path) -> str:
     """Compare the networks that were trained alike, over their seeds."""
-    path = results / 'train' / 'peers.csv'
-    rows = _read(path) if path.exists() else []
+    rows = _read(results / 'train' / 'peers.csv')
     runs: Dict[str, List[Row]] = {}
     for row in rows:
         runs.setdefault(row['model'], []).append(row)
@@ -314,6 +308,9 @@ def peers(results: Path) -> str:
 
 
 def _read(path: Path) -> List[Row]:
+    """Return the rows of a CSV file, none if there is no such file."""
+    if not path.exists():
+        return []
     with path.open(newline='') as file:
         return list(csv.DictReader(file))
 

@@ -379,13 +379,16 @@ def _attend_opaque(
     tokens = to_groups(x, rows, cols)
     if not weights:
         tokens = attend_runs(tokens, runs, table, num_heads, 0., fused)
+        return from_groups(tokens, [*x.shape[:3], tokens.shape[1]], rows, cols)
+    qkv, proj = (partial(product, weight=w, bias=b) for w, b in zip(weights, biases, strict=True))
+    length = few_tokens(tokens, len(weights[0]))
+    if length == 0:
+        done = proj(attend_runs(qkv(tokens), runs, table, num_heads, 0., fused))
     else:
-        qkv, proj = (partial(product, weight=w, bias=b) for w, b in zip(weights, biases, strict=True))
         done = tokens.new_empty([len(tokens), len(weights[1])])
-        for part, run, bias in chunks(runs, table, num_heads, few_tokens(tokens, len(weights[0])) or len(tokens)):
+        for part, run, bias in chunks(runs, table, num_heads, length):
             done[part] = proj(attend_run(qkv(tokens[part]), run, table, bias, num_heads, 0., fused))
-        tokens = done
-    return from_groups(tokens, [*x.shape[:3], tokens.shape[1]], rows, cols)
+    return from_groups(done, [*x.shape[:3], done.shape[1]], rows, cols)
 
 
 @_attend_opaque.register_fake
