@@ -72,7 +72,7 @@ def throughput(rows: Results, path: Path) -> bool:
                          color=colors)
         axes.bar_label(bars, [f'{1e3 * int(row["batch"]) / float(row["median_ms"]):.1f} img/s, '
                               f'{float(row["gmacs"]):.1f} GMACs' for row in mine], padding=3, fontsize=8)
-        axes.margins(x=.3)
+        axes.margins(x=.4)
         axes.grid(axis='y', visible=False)
         axes.set_xlabel('share of the matrix rate of the machine, %')
         axes.set_title(f'Inference at 224 px, batch 8, fp32, {threads_words(threads)}\n{hardware(mine)}', fontsize=9)
