@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as nn_module
 from torch.utils.flop_counter import register_flop_formula
 
 # Below this many multiply-adds the overhead of oneDNN outweighs its speed.
@@ -41,7 +41,8 @@ def _is_observed(module: nn.Module) -> bool:
     """Return whether hooks wait for a call of the module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or _has_any_global_hook())
+        or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
 
 
 def is_plain(layer: nn.Module, kind: Type[nn.Module]) -> bool:
@@ -55,9 +56,15 @@ def is_ours(layer: nn.Module, kind: Type[nn.Module], x: Tensor) -> bool:
         type(x) is Tensor and x.device.type == 'cpu' and x.dtype == torch.float32
         and is_plain(layer, kind) and type(layer.weight) is nn.Parameter
         and layer.weight.dtype == torch.float32 and layer.weight.device.type == 'cpu'
-        and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_exporting() and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_exporting()
+        and (torch.compiler.is_compiling() or not _is_transformed())
     )
+
+
+def _is_transformed() -> bool:
+    """Return whether a tracer, or a function transform such as `torch.func.vmap`, looks on."""
+    return (
+        torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
