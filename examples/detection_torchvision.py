@@ -56,10 +56,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--backbone', default='test_crossformer', help='any CrossFormer')
     parser.add_argument('--detector', default='FasterRCNN', choices=['FasterRCNN', 'RetinaNet', 'MaskRCNN'])
-    parser.add_argument('--steps', type=int, help='60, 45 of Mask R-CNN, or 200 of RetinaNet, which starts slowly')
+    parser.add_argument('--steps', type=int, help='60, 40 of Mask R-CNN, or 200 of RetinaNet, which starts slowly')
     parser.add_argument('--output', default='detection_torchvision.png')
     args = parser.parse_args()
-    steps = args.steps or {'MaskRCNN': 45, 'RetinaNet': 200}.get(args.detector, 60)
+    steps = args.steps or {'MaskRCNN': 40, 'RetinaNet': 200}.get(args.detector, 60)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     sizes = [(63, 97), (71, 75), (67, 90), (64, 96)]
