@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from .cpu import few_tokens, is_ours, linear, product
+from .cpu import is_ours, linear, product, tokens_per_chunk
 from .grouping import (
     Layout,
     Run,
@@ -381,7 +381,7 @@ def _attend_opaque(
         tokens = attend_runs(tokens, runs, table, num_heads, 0., fused)
         return from_groups(tokens, [*x.shape[:3], tokens.shape[1]], rows, cols)
     qkv, proj = (partial(product, weight=w, bias=b) for w, b in zip(weights, biases, strict=True))
-    length = few_tokens(tokens, len(weights[0]))
+    length = tokens_per_chunk(tokens, len(weights[0]))
     if length == 0:
         done = proj(attend_runs(qkv(tokens), runs, table, num_heads, 0., fused))
     else:

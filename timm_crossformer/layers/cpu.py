@@ -83,7 +83,7 @@ def linear(layer: Any, x: Tensor, act: Optional[nn.Module] = None) -> Tensor:
     if torch.compiler.is_compiling() or not is_ours(layer, nn.Linear, x):
         x = layer(x)
     elif torch.is_grad_enabled():
-        x = _LinearWithGradient.apply(x, layer.weight, layer.bias) if _pays(x, layer.weight) else layer(x)
+        x = _Linear.apply(x, layer.weight, layer.bias) if _pays(x, layer.weight) else layer(x)
     elif act is not None and _is_exact_gelu(act):
         return product(x, layer.weight, layer.bias, True)
     else:
@@ -103,7 +103,7 @@ def product(x: Tensor, weight: Tensor, bias: Optional[Tensor], gelu: bool = Fals
     return F.gelu(x) if gelu else x
 
 
-class _LinearWithGradient(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     """oneDNN's linear operator, which has no gradient of its own, with one.
 
     The gradient of the weight is left to PyTorch: that product is as fast there.
@@ -209,7 +209,7 @@ class Mlp(TimmMlp):
 def _mlp_in_graph(
         x: Tensor, weight1: Tensor, bias1: Optional[Tensor], weight2: Tensor, bias2: Optional[Tensor]) -> Tensor:
     tokens = x.flatten(0, -2)
-    length = few_tokens(tokens, weight1.shape[0]) or len(tokens)
+    length = tokens_per_chunk(tokens, weight1.shape[0]) or len(tokens)
     done = [product(product(part, weight1, bias1, True), weight2, bias2) for part in tokens.split(length)]
     return (done[0] if len(done) == 1 else torch.cat(done)).view(x.shape)
 
@@ -228,13 +228,13 @@ def chunk_length(x: Tensor, width: int, modules: List[nn.Module]) -> int:
     """
     if torch.is_grad_enabled() or not _is_eager(x):
         return 0
-    length = few_tokens(x, width)
+    length = tokens_per_chunk(x, width)
     if length and any(part.training or _is_observed(part) for module in modules for part in module.modules()):
         return 0
     return length
 
 
-def few_tokens(x: Tensor, width: int) -> int:
+def tokens_per_chunk(x: Tensor, width: int) -> int:
     """Return how many of the tokens x [..., C] make a chunk; 0 for all of them."""
     length = max(1, _CHUNK // width)
     return length if x.numel() > 2 * length * x.shape[-1] else 0  # two chunks are not worth their overhead
