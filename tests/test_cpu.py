@@ -10,7 +10,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_crossformer.layers.attention as attention
+import timm_crossformer.layers.block as blocks
 import timm_crossformer.layers.cpu as module
+import timm_crossformer.layers.embedding as embedding
 from timm_crossformer.layers.cpu import linear
 
 pytestmark = pytest.mark.filterwarnings('ignore:TF32 acceleration')  # flags() sets everything, for Intel GPUs as well
@@ -312,7 +314,7 @@ def test_a_model_gives_the_same_either_way(calls):
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
 
 
-IN_GRAPH = ['attend', 'conv', 'mlp']
+IN_GRAPH = ['embed', 'block', 'attend']
 
 
 def compiled(model):
@@ -337,27 +339,57 @@ def test_a_graph_for_inference_holds_the_same_ways(args, monkeypatch):
         x = noise(2, 3, *size)
         with torch.inference_mode():
             torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
-    assert [names.count(name) for name in IN_GRAPH] == [5, 10, 5]  # 5 blocks, 4 + 3 * 2 convolutions
+    assert [names.count(name) for name in IN_GRAPH] == [4, 5, 0]
 
 
-def test_a_graph_follows_replaced_and_observed_layers():
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def double(parent, name):
+    layer = Doubled(*reversed(getattr(parent, name).weight.shape))
+    layer.load_state_dict(getattr(parent, name).state_dict())
+    setattr(parent, name, layer)
+
+
+def plus_one(_, __, out):
+    return out + 1
+
+
+CHANGES = {  # what makes a block or an embedding another one than the operator computes
+    'linear before attention': lambda model: double(model.stages[0].blocks[0].attn, 'qkv'),
+    'linear': lambda model: double(model.stages[0].blocks[0].mlp, 'fc2'),
+    'linear of the bias': lambda model: double(model.stages[0].blocks[0].attn.pos_bias.mlp, '9'),
+    'activation': lambda model: setattr(model.stages[0].blocks[0].mlp, 'act', nn.GELU('tanh')),
+    'norm': lambda model: setattr(model.stages[0].blocks[0], 'norm2', nn.Identity()),
+    'attention': lambda model: setattr(model.stages[0].blocks[0], 'attn', nn.Identity()),
+    'forward': lambda model: setattr(model.stages[0].blocks[0].attn, 'forward', lambda x: x + 1),
+    'hook of attention': lambda model: model.stages[0].blocks[0].attn.register_forward_hook(plus_one),
+    'hook of a layer': lambda model: model.stages[0].blocks[0].mlp.act.register_forward_hook(plus_one),
+    'hook of a convolution': lambda model: model.stages[1].downsample.convs[0].register_forward_hook(plus_one),
+    'norm of a stage': lambda model: setattr(model.stages[1].downsample, 'norm', nn.Tanh()),
+    'dropout': lambda model: setattr(model.stages[0].blocks[0].mlp, 'drop1', nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_graph_follows_replaced_and_observed_layers(change):
     model, x = small(depths=(1, 1, 1, 1)), noise(2, 3, 64, 64)
-    block = model.stages[0].blocks[0]
-
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    for parent, name in ((block.attn, 'qkv'), (block.mlp, 'fc2')):
-        layer = Doubled(*reversed(getattr(parent, name).weight.shape))
-        layer.load_state_dict(getattr(parent, name).state_dict())
-        setattr(parent, name, layer)
-    model.stages[1].blocks[0].mlp.act.register_forward_hook(lambda module, args, out: out + 1)
-    model.stages[1].downsample.convs[0].register_forward_hook(lambda module, args, out: out + 1)
+    CHANGES[change](model)
     graph, names = compiled(model)
     with torch.inference_mode():
         torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
-        assert [names.count(name) for name in IN_GRAPH] == [4, 9, 2]
+    assert names.count('embed') + names.count('block') == 7  # of 4 and 4
+
+
+def test_a_graph_follows_dropout_turned_on():
+    model, x = small(depths=(1, 1, 1, 1), proj_drop_rate=0.5), noise(2, 3, 64, 64)
+    graph, _ = compiled(model)
+    with torch.inference_mode():
+        assert torch.equal(graph(x), graph(x))
+        model.stages[0].blocks[0].mlp.drop2.train()
+        assert not torch.equal(graph(x), graph(x))
 
 
 def test_a_graph_follows_given_and_changed_weights():
@@ -368,7 +400,7 @@ def test_a_graph_follows_given_and_changed_weights():
         torch.testing.assert_close(graph(x), torch.func.functional_call(block, weights, x), rtol=1e-5, atol=1e-5)
         graph, names = compiled(block)
         before = graph(x)
-        assert names == ['attend', 'mlp']
+        assert names == ['block']
         for p in block.attn.pos_bias.parameters():  # its table is remembered
             p.data.normal_()
         assert not torch.allclose(graph(x), before, rtol=1e-5, atol=1e-5)
@@ -378,16 +410,17 @@ def test_a_graph_follows_given_and_changed_weights():
 @pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
 def test_operators_keep_their_word(bias):
     """PyTorch's own checks: schema, shapes and strides of fake tensors, with sizes that change."""
-    mlp = [nn.Linear(4, 8, bias=bias), nn.Linear(8, 4, bias=bias)]
-    weights = [p for layer in mlp for p in (layer.weight.detach(), None if not bias else layer.bias.detach())]
     checks = ('test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic')
-    torch.library.opcheck(module._mlp_in_graph, (torch.randn(2, 5, 3, 4), *weights), test_utils=checks)
-    conv = nn.Conv2d(4, 8, 4, stride=2, padding=1, bias=bias).requires_grad_(False)
-    x = torch.randn(2, 4, 6, 8).contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(module._conv_in_graph, (x, conv.weight, conv.bias, 2, 1), test_utils=checks)
-    attend = attention.GroupAttention(32, 2, qkv_bias=bias).requires_grad_(False)
-    args = (list(attend.pos_bias.mlp.parameters()), 2, [7, 7], 1, 'sda', False, False, True)
-    layers = attend.qkv, attend.proj
-    layers = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    torch.library.opcheck(attention._attend_opaque, (torch.randn(2, 9, 8, 32), *layers, *args), test_utils=checks)
-    torch.library.opcheck(attention._attend_opaque, (torch.randn(2, 9, 8, 96), [], [], *args), test_utils=checks)
+    block = small(depths=(1, 1, 1, 1), qkv_bias=bias).stages[0].blocks[0].requires_grad_(False)
+    args = block.attn.config()
+    layers = block.norm1, block.attn.qkv, block.attn.proj, block.norm2, block.mlp.fc1, block.mlp.fc2
+    layers = [layer.weight for layer in layers], [layer.bias for layer in layers], [1e-5, 1e-6]
+    for height in (9, 5):  # several groups, or one: tokens in order
+        x = torch.randn(2, height, 5, 32)
+        torch.library.opcheck(blocks._block, (x, *layers, *args), test_utils=checks)
+        torch.library.opcheck(attention._attend_opaque, (torch.randn(2, height, 5, 96), *args), test_utils=checks)
+    convs = [nn.Conv2d(4, 8, kernel, stride=2, padding=(kernel - 2) // 2, bias=bias) for kernel in (2, 4)]
+    weights = [conv.weight.detach() for conv in convs], [conv.bias.detach() if bias else None for conv in convs]
+    for norm in ((None, None), (torch.rand(4), torch.rand(4) if bias else None)):
+        args = torch.randn(2, 4, 7, 6), *weights, *norm, 1e-5, True, 2
+        torch.library.opcheck(embedding._embed, args, test_utils=checks)

@@ -11,6 +11,7 @@ import torch
 from common import noise, small
 
 from timm_crossformer.layers import DynamicPosBias
+from timm_crossformer.layers.attention import run_bias
 from timm_crossformer.layers.position_bias import _tables, bias_table, expand_bias
 
 
@@ -141,6 +142,22 @@ def test_cache_stays_small():
     for n in range(1, 40):
         module(n, 1)
     assert len(_tables[module.mlp[0].weight][1]) <= 8
+
+
+def test_biases_are_kept_with_a_remembered_table_only():
+    module = make()
+    assert all(a is b for a, b in zip(module.weights(), module.parameters(), strict=True))
+    with torch.inference_mode():
+        table = module(4, 5)
+        bias = run_bias(table, 3, 3, 5)
+        assert run_bias(module(4, 5), 3, 3, 5) is bias
+    assert torch.equal(bias, expand_bias(table, 3, 5, 0, 3)) and not bias.is_inference()
+    module.mlp[9].weight.data.mul_(2)
+    assert run_bias(module(4, 5), 3, 3, 5) is not bias
+    assert run_bias(table, 3, 4, 4).shape == (3, 16, 16)
+    other = table.clone()  # as in training
+    assert run_bias(other, 3, 3, 5) is not run_bias(other, 3, 3, 5)
+    assert run_bias(module(10, 30), 3, 10, 30) is not run_bias(module(10, 30), 3, 10, 30)  # large
 
 
 def test_the_cache_ends_with_its_parameters():

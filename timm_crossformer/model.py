@@ -8,7 +8,6 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, 
 import torch
 from timm.layers import (
     ClassifierHead,
-    DropPath,
     calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
@@ -24,88 +23,10 @@ from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve
 from .convert import check_head, convert_state_dict, is_foreign
 from .layers import (
     LDA_GROUPINGS,
-    AmplitudeCooling,
+    CrossFormerBlock,
     CrossScaleEmbed,
-    GroupAttention,
-    Mlp,
-    chunk_length,
-    is_plain,
     share_indices,
 )
-
-
-class CrossFormerBlock(nn.Module):
-    """Attention inside groups and an MLP, each with a residual; in ++ some blocks end with amplitude cooling."""
-
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            head_dim: Optional[int] = None,
-            pos_bias: str = 'paper',
-            cooling: bool = False,
-            mlp_ratio: float = 4.,
-            qkv_bias: bool = True,
-            proj_drop: float = 0.,
-            attn_drop: float = 0.,
-            drop_path: float = 0.,
-            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-            act_layer: Type[nn.Module] = nn.GELU,
-            device=None,
-            dtype=None,
-    ):
-        """
-        Args:
-            dim: Channels of a token.
-            cooling: End the block with an amplitude cooling layer.
-            drop_path: Rate of stochastic depth for both residuals.
-            (others): See `GroupAttention` and `CrossFormer`.
-        """
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = GroupAttention(
-            dim,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            pos_bias=pos_bias,
-            qkv_bias=qkv_bias,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            **dd,
-        )
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.norm2 = norm_layer(dim, **dd)
-        self.hidden_features = int(dim * mlp_ratio)
-        self.mlp = Mlp(dim, self.hidden_features, act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.cooling = AmplitudeCooling(dim, norm_layer, **dd) if cooling else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform tokens [B, H, W, C]."""
-        if torch.jit.is_scripting():
-            x = x + self.drop_path1(self.attn(self.norm1(x)))
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        else:
-            x = self._add_mlp(self._add_attention(x))
-        return self.cooling(x)
-
-    @torch.jit.unused
-    def _add_attention(self, x: Tensor) -> Tensor:
-        length = chunk_length(x, 3 * x.shape[-1], [self.norm1, self.attn, self.drop_path1])  # queries, keys and values
-        if length == 0 or not is_plain(self.attn, GroupAttention):
-            return x + self.drop_path1(self.attn(self.norm1(x)))
-        return self.attn.add_in_chunks(x, self.norm1, length)
-
-    @torch.jit.unused
-    def _add_mlp(self, x: Tensor) -> Tensor:
-        length = chunk_length(x, self.hidden_features, [self.norm2, self.mlp, self.drop_path2])
-        if length == 0:
-            return x + self.drop_path2(self.mlp(self.norm2(x)))
-        x = x.contiguous()
-        for part in x.view(-1, x.shape[-1]).split(length):  # in place: nobody else has seen this sum
-            part += self.mlp(self.norm2(part))
-        return x
 
 
 class CrossFormerStage(nn.Module):

@@ -2,17 +2,18 @@
 import contextlib
 import contextvars
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from .cpu import is_ours, linear, product, tokens_per_chunk
+from .cpu import linear
 from .grouping import (
     Layout,
     Run,
+    Segment,
     divide,
     from_groups,
     group_index,
@@ -22,7 +23,7 @@ from .grouping import (
     map_segments,
     to_groups,
 )
-from .position_bias import DynamicPosBias, bias_table, expand_bias, remember
+from .position_bias import DynamicPosBias, expand_bias, known_biases, remembered_table
 
 
 @register_notrace_module  # grouping depends on the size of the map
@@ -100,14 +101,14 @@ class GroupAttention(nn.Module):
         elif torch.compiler.is_exporting() or torch.is_grad_enabled():
             x = self.proj(self._attend_indexed(self.qkv(x), dropout))
         else:
-            x = self._attend_opaquely(x)
+            x = self.proj(_attend_opaque(self.qkv(x), *self.config()))
         return self.proj_drop(x)
 
     @torch.jit.unused
-    def _attend_opaquely(self, x: Tensor) -> Tensor:
-        """Attend in one operator; on a CPU the layers before and after it are part of it."""
-        config = (
-            list(self.pos_bias.mlp.parameters()),
+    def config(self) -> Tuple[List[Tensor], int, List[int], int, str, bool, bool, bool]:
+        """Return what operators of compiled graphs need to know of this module."""
+        return (
+            self.pos_bias.weights(),
             self.num_heads,
             list(self.group_size),
             self.interval,
@@ -116,9 +117,6 @@ class GroupAttention(nn.Module):
             self.legacy_lookup,
             self.fused_attn,
         )
-        if is_ours(self.qkv, nn.Linear, x) and is_ours(self.proj, nn.Linear, x):
-            return _attend_opaque(x, [self.qkv.weight, self.proj.weight], [self.qkv.bias, self.proj.bias], *config)
-        return self.proj(_attend_opaque(self.qkv(x), [], [], *config))
 
     def _attend_runs(self, x: Tensor, dropout: float) -> Tensor:
         """Attend run by run of equally long groups. Tokens with C channels are sorted, not queries, keys and values."""
@@ -136,20 +134,12 @@ class GroupAttention(nn.Module):
 
     @torch.jit.unused
     def add_in_chunks(self, x: Tensor, norm: nn.Module, length: int) -> Tensor:
-        """Return x + self(norm(x)) for inference, computed for about `length` tokens at a time.
-
-        That way two results are as large as the map, not five; at 2048 px each has 100 MB in the first stage.
-        """
+        """Return x + self(norm(x)) for inference, computed for about `length` tokens at a time."""
         rows, cols = map_segments(
             x.shape[1], x.shape[2], self.group_size, self.interval, self.grouping, self.fit_groups)
         table = self.pos_bias(longest(rows), longest(cols))
-        tokens = to_groups(x, rows, cols)
-        if tokens.data_ptr() == x.data_ptr():
-            tokens = tokens.clone()
-        for part, run, bias in chunks(list_runs(x.shape[0], rows, cols), table, self.num_heads, length):
-            qkv = linear(self.qkv, norm(tokens[part]))
-            tokens[part] += linear(self.proj, attend_run(qkv, run, table, bias, self.num_heads, 0., self.fused_attn))
-        return from_groups(tokens, list(x.shape), rows, cols)
+        qkv, proj = partial(linear, self.qkv), partial(linear, self.proj)
+        return add_attention(x, rows, cols, table, self.num_heads, self.fused_attn, norm, qkv, proj, length)
 
     @torch.jit.unused
     def _attend_indexed(self, qkv: Tensor, dropout: float) -> Tensor:
@@ -201,6 +191,47 @@ _shared_indices: contextvars.ContextVar[Optional[Dict[Any, Any]]] = contextvars.
 # Pairs of tokens, heads included, whose position biases are built at once: 16 MiB in fp32, as above 32 MiB glibc maps
 # fresh pages every time. Only `map` groups of large images have more: 4,096 tokens and 24 heads, at 2048 px, 1.6 GB.
 _BIAS_PAIRS = 1 << 22
+_KEPT_PAIRS = 1 << 18  # of biases that are kept for as long as their table is, 1 MiB in fp32
+
+
+def add_attention(
+        x: Tensor,
+        rows: List[Segment],
+        cols: List[Segment],
+        table: Tensor,
+        num_heads: int,
+        fused: bool,
+        norm: Callable[[Tensor], Tensor],
+        qkv: Callable[[Tensor], Tensor],
+        proj: Callable[[Tensor], Tensor],
+        length: int,
+) -> Tensor:
+    """Add attention to tokens for inference, for about `length` of them at a time, or for all at once if it is 0.
+
+    In parts, two results are as large as the map, not five; at 2048 px each has 100 MB in the first stage.
+
+    Args:
+        x: Tokens [B, H, W, C].
+        rows: Segments of the H axis.
+        cols: Segments of the W axis.
+        table: Position biases; see `attend_runs`.
+        num_heads: Heads.
+        fused: Use `scaled_dot_product_attention`.
+        norm: Applied to tokens first.
+        qkv: Turns them into queries, keys and values.
+        proj: Applied last.
+        length: Tokens at a time.
+    """
+    tokens = to_groups(x, rows, cols)
+    if tokens.data_ptr() == x.data_ptr():
+        tokens = tokens.clone()
+    runs = list_runs(x.shape[0], rows, cols)
+    if length == 0:
+        tokens += proj(attend_runs(qkv(norm(tokens)), runs, table, num_heads, 0., fused))
+    else:
+        for part, run, bias in chunks(runs, table, num_heads, length):
+            tokens[part] += proj(attend_run(qkv(norm(tokens[part])), run, table, bias, num_heads, 0., fused))
+    return from_groups(tokens, list(x.shape), rows, cols)
 
 
 def chunks(
@@ -255,7 +286,23 @@ def attend_runs(
 
 def run_bias(table: Tensor, num_heads: int, gh: int, gw: int, most: int = _BIAS_PAIRS) -> Optional[Tensor]:
     """Build the position bias of groups of gh x gw tokens; None if it is too large to be built at once."""
-    return expand_bias(table, gh, gw, 0, gh) if num_heads * (gh * gw) ** 2 <= most else None
+    if num_heads * (gh * gw) ** 2 > most:
+        return None
+    if torch.jit.is_scripting():
+        return expand_bias(table, gh, gw, 0, gh)
+    return _kept_bias(table, gh, gw)
+
+
+@torch.jit.unused
+def _kept_bias(table: Tensor, gh: int, gw: int) -> Tensor:
+    """Build a bias; a small one once for a table that is remembered itself."""
+    kept = known_biases(table)
+    if kept is None or len(table) * (gh * gw) ** 2 > _KEPT_PAIRS:
+        return expand_bias(table, gh, gw, 0, gh)
+    if (gh, gw) not in kept:
+        with torch.inference_mode(False):
+            kept[gh, gw] = expand_bias(table, gh, gw, 0, gh)
+    return kept[gh, gw]
 
 
 def attend_run(
@@ -350,10 +397,8 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor
 
 @torch.library.custom_op('timm_crossformer::attend', mutates_args=())
 def _attend_opaque(
-        x: Tensor,
-        weights: List[Tensor],
-        biases: List[Optional[Tensor]],
-        mlp: List[Tensor],
+        qkv: Tensor,
+        bias_mlp: List[Tensor],
         num_heads: int,
         group_size: List[int],
         interval: int,
@@ -365,35 +410,21 @@ def _attend_opaque(
     """Attend as in eager mode, from inside a graph compiled for inference: one graph for all sizes, soon compiled.
 
     Args:
-        x: Tokens [B, H, W, C]; without weights, their queries, keys and values [B, H, W, 3 * C].
-        weights: Of the linear layers before and after, or none.
-        biases: Of the same.
-        mlp: Parameters of the position bias.
+        qkv: Queries, keys and values [B, H, W, 3 * C].
+        bias_mlp: Parameters of the position bias.
         (others): See `GroupAttention`.
     """
-    rows, cols = map_segments(x.shape[1], x.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
-    legacy_size = (group_size[0], group_size[1]) if legacy_lookup else None
-    height, width = longest(rows), longest(cols)
-    table = remember(mlp, (height, width, legacy_size), lambda: bias_table(mlp, height, width, legacy_size))
-    runs = list_runs(x.shape[0], rows, cols)
-    tokens = to_groups(x, rows, cols)
-    if not weights:
-        tokens = attend_runs(tokens, runs, table, num_heads, 0., fused)
-        return from_groups(tokens, [*x.shape[:3], tokens.shape[1]], rows, cols)
-    qkv, proj = (partial(product, weight=w, bias=b) for w, b in zip(weights, biases, strict=True))
-    length = tokens_per_chunk(tokens, len(weights[0]))
-    if length == 0:
-        done = proj(attend_runs(qkv(tokens), runs, table, num_heads, 0., fused))
-    else:
-        done = tokens.new_empty([len(tokens), len(weights[1])])
-        for part, run, bias in chunks(runs, table, num_heads, length):
-            done[part] = proj(attend_run(qkv(tokens[part]), run, table, bias, num_heads, 0., fused))
-    return from_groups(done, [*x.shape[:3], done.shape[1]], rows, cols)
+    rows, cols = map_segments(
+        qkv.shape[1], qkv.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
+    table = remembered_table(bias_mlp, longest(rows), longest(cols), group_size if legacy_lookup else None)
+    tokens = to_groups(qkv, rows, cols)
+    tokens = attend_runs(tokens, list_runs(qkv.shape[0], rows, cols), table, num_heads, 0., fused)
+    return from_groups(tokens, [*qkv.shape[:3], tokens.shape[1]], rows, cols)
 
 
 @_attend_opaque.register_fake
-def _(x: Tensor, weights: List[Tensor], *_) -> Tensor:
-    return x.new_empty([*x.shape[:-1], weights[1].shape[0] if weights else x.shape[-1] // 3])
+def _(qkv: Tensor, *_) -> Tensor:
+    return qkv.new_empty([*qkv.shape[:3], qkv.shape[3] // 3])
 
 
 def _opaque_layout(layout: Layout) -> Layout:

@@ -3,7 +3,7 @@
 Whatever is not a plain layer, or is being observed by hooks or a tracer, is called as it is. The operators of oneDNN
 take part while `torch.backends.mkldnn.enabled` is true.
 """
-from typing import Any, List, Optional, Tuple, Type, cast
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Type, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,14 +50,32 @@ def is_plain(layer: nn.Module, kind: Type[nn.Module]) -> bool:
     return type(layer) is kind and 'forward' not in layer.__dict__ and not _is_observed(layer)
 
 
-def is_ours(layer: nn.Module, kind: Type[nn.Module], x: Tensor) -> bool:
-    """Return whether the way to compute a layer of x is ours to choose: one of fp32 numbers on a CPU, not exported."""
+def is_made_of(module: nn.Module, kinds: Sequence[Type[nn.Module]]) -> bool:
+    """Return whether a module has plain layers of these kinds only, with fp32 parameters on a CPU."""
     return (
-        type(x) is Tensor and x.device.type == 'cpu' and x.dtype == torch.float32
-        and is_plain(layer, kind) and type(layer.weight) is nn.Parameter
-        and layer.weight.dtype == torch.float32 and layer.weight.device.type == 'cpu'
-        and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_exporting()
-        and (torch.compiler.is_compiling() or not _is_transformed())
+        all(type(part) in kinds and is_plain(part, type(part)) for part in module.modules())
+        and all(_is_fp32(p, nn.Parameter) for p in module.parameters())
+    )
+
+
+def _is_fp32(x: Tensor, kind: Type[Tensor]) -> bool:
+    return type(x) is kind and x.device.type == 'cpu' and x.dtype == torch.float32
+
+
+def _is_ours(layer: nn.Module, kind: Type[nn.Module], x: Tensor) -> bool:
+    """Return whether the way to compute a layer of x is ours to choose: one of fp32 numbers on a CPU, in eager mode."""
+    return (
+        not torch.compiler.is_compiling() and _is_fp32(x, Tensor)
+        and is_plain(layer, kind) and _is_fp32(cast(Tensor, layer.weight), nn.Parameter)
+        and not torch.is_autocast_enabled('cpu') and not _is_transformed()
+    )
+
+
+def in_inference_graph(x: Tensor) -> bool:
+    """Return whether a graph is being compiled for inference of x, fp32 numbers on a CPU."""
+    return (
+        torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
+        and _is_fp32(x, Tensor) and not torch.is_autocast_enabled('cpu')
     )
 
 
@@ -80,18 +98,19 @@ def linear(layer: Any, x: Tensor, act: Optional[nn.Module] = None) -> Tensor:
     Without gradients oneDNN applies a GELU to results that are still in the cache. A shape seen for the first time
     costs about a millisecond once.
     """
-    if torch.compiler.is_compiling() or not is_ours(layer, nn.Linear, x):
+    if not _is_ours(layer, nn.Linear, x):
         x = layer(x)
     elif torch.is_grad_enabled():
         x = _Linear.apply(x, layer.weight, layer.bias) if _pays(x, layer.weight) else layer(x)
-    elif act is not None and _is_exact_gelu(act):
+    elif act is not None and is_exact_gelu(act):
         return product(x, layer.weight, layer.bias, True)
     else:
         x = product(x, layer.weight, layer.bias)
     return x if act is None else act(x)
 
 
-def _is_exact_gelu(act: nn.Module) -> bool:
+def is_exact_gelu(act: nn.Module) -> bool:
+    """Return whether the activation is the GELU that `product` knows."""
     return is_plain(act, nn.GELU) and act.approximate == 'none'
 
 
@@ -149,9 +168,8 @@ def strided_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """
     stride, pad = layer.stride[0], cast(Tuple[int, int], layer.padding)[0]
     if not torch.is_grad_enabled():
-        if not is_ours(layer, nn.Conv2d, x):
+        if not _is_ours(layer, nn.Conv2d, x):
             return layer(x)
-        conv = _conv_in_graph if torch.compiler.is_compiling() else _conv
         return conv(x, layer.weight, layer.bias, stride, pad)
     if (
         not _is_eager(x) or not is_plain(layer, nn.Conv2d)
@@ -163,23 +181,14 @@ def strided_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x.contiguous(memory_format=nhwc), weight.contiguous(memory_format=nhwc), layer.bias)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: int, pad: int) -> Tensor:
+def conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: int, pad: int) -> Tensor:
+    """Convolve without gradients; the result lies in memory with channels last."""
     if weight.numel() < _MANY_WEIGHTS * x.numel() or not _pays(x, weight):
         return F.conv2d(x, weight, bias, stride, pad).contiguous(memory_format=torch.channels_last)
     kernel = weight.shape[2]
     patches = F.pad(x, [pad] * 4).unfold(2, kernel, stride).unfold(3, kernel, stride)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # B, rows, columns, C * kernel * kernel
     return _onednn_linear(patches, weight.flatten(1), bias, 'none', [], '').permute(0, 3, 1, 2)
-
-
-# Left to itself, torch.compile brings all weights into another order in every call.
-_conv_in_graph = torch.library.custom_op('timm_crossformer::conv', _conv, mutates_args=())
-
-
-@_conv_in_graph.register_fake
-def _(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: int, pad: int) -> Tensor:
-    B, _, H, W = x.shape
-    return x.new_empty([B, H // stride, W // stride, weight.shape[0]]).permute(0, 3, 1, 2)
 
 
 class Mlp(TimmMlp):
@@ -189,34 +198,8 @@ class Mlp(TimmMlp):
         """Transform tokens [..., C]."""
         if torch.jit.is_scripting():
             return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
-        if torch.compiler.is_compiling() and self._is_two_products(x):
-            return _mlp_in_graph(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         x = self.drop1(linear(self.fc1, x, self.act))
         return self.drop2(linear(self.fc2, self.norm(x)))
-
-    @torch.jit.unused
-    def _is_two_products(self, x: Tensor) -> bool:
-        return (
-            not torch.is_grad_enabled() and not self.training
-            and is_ours(self.fc1, nn.Linear, x) and is_ours(self.fc2, nn.Linear, x)
-            and _is_exact_gelu(self.act) and is_plain(self.norm, nn.Identity)
-            and is_plain(self.drop1, nn.Dropout) and is_plain(self.drop2, nn.Dropout)
-        )
-
-
-# Left to itself, torch.compile calls PyTorch's products, unless it may freeze the weights, on whole maps.
-@torch.library.custom_op('timm_crossformer::mlp', mutates_args=())
-def _mlp_in_graph(
-        x: Tensor, weight1: Tensor, bias1: Optional[Tensor], weight2: Tensor, bias2: Optional[Tensor]) -> Tensor:
-    tokens = x.flatten(0, -2)
-    length = tokens_per_chunk(tokens, weight1.shape[0]) or len(tokens)
-    done = [product(product(part, weight1, bias1, True), weight2, bias2) for part in tokens.split(length)]
-    return (done[0] if len(done) == 1 else torch.cat(done)).view(x.shape)
-
-
-@_mlp_in_graph.register_fake
-def _(x: Tensor, *_) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 @torch.jit.ignore
@@ -238,3 +221,11 @@ def tokens_per_chunk(x: Tensor, width: int) -> int:
     """Return how many of the tokens x [..., C] make a chunk; 0 for all of them."""
     length = max(1, _CHUNK // width)
     return length if x.numel() > 2 * length * x.shape[-1] else 0  # two chunks are not worth their overhead
+
+
+def add_in_chunks(x: Tensor, branch: Callable[[Tensor], Tensor], length: int) -> Tensor:
+    """Add branch(x) to contiguous tokens x [..., C] in place, for `length` of them at a time, or 0 for all at once."""
+    tokens = x.view(-1, x.shape[-1])
+    for part in tokens.split(length or max(1, len(tokens))):
+        part += branch(part)
+    return x

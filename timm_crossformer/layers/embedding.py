@@ -1,12 +1,12 @@
 """Cross-scale embedding, CEL (paper, section 3.1): parallel convolutions of several kernel sizes, one stride."""
-from typing import Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-from .cpu import strided_conv
+from .cpu import conv, in_inference_graph, is_made_of, strided_conv
 
 
 class CrossScaleEmbed(nn.Module):
@@ -53,21 +53,101 @@ class CrossScaleEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed x [B, C, H, W] as [B, out_chans, ceil(H / stride), ceil(W / stride)], a view of NHWC memory."""
         check_map(x, self.in_chans)
+        if not torch.jit.is_scripting() and self._is_one_operator(x):
+            return self._in_graph(x)
         if self.norm_first:
             x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x = pad_to_multiple(x, self.stride)
-        # Channels last on the way in and out: large kernels run several times faster on the CPU that way, and the
-        # blocks that follow want the channels of a token side by side.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = prepare_map(x, self.stride)
         if torch.jit.is_scripting():
             maps = [conv(x) for conv in self.convs]
         else:
             maps = [strided_conv(conv, x) for conv in self.convs]
-        # Joined as tokens: in a compiled graph the layout of this result would be that of all blocks that follow.
-        x = torch.cat([m.permute(0, 2, 3, 1) for m in maps], dim=3).contiguous()
+        x = join_maps(maps)
         if not self.norm_first:
             x = self.norm(x)
         return x.permute(0, 3, 1, 2)
+
+    @torch.jit.unused
+    def _is_one_operator(self, x: Tensor) -> bool:
+        """Return whether, in a compiled graph, the embedding is exactly what the operator computes."""
+        return in_inference_graph(x) and _is_known(self)
+
+    @torch.jit.unused
+    def _in_graph(self, x: Tensor) -> Tensor:
+        norm = self.norm if isinstance(self.norm, nn.LayerNorm) else None
+        weights, biases = [conv.weight for conv in self.convs], [conv.bias for conv in self.convs]
+        if norm is None:
+            return _embed(x, weights, biases, None, None, 0., False, self.stride).permute(0, 3, 1, 2)
+        return _embed(
+            x, weights, biases, norm.weight, norm.bias, norm.eps, self.norm_first, self.stride).permute(0, 3, 1, 2)
+
+
+@torch.compiler.assume_constant_result  # as torch.compile has it for hooks
+def _is_known(embed: CrossScaleEmbed) -> bool:
+    """Return whether nothing but weights tells an embedding from others of its shape."""
+    return (
+        is_made_of(embed, (CrossScaleEmbed, nn.ModuleList, nn.Conv2d, nn.LayerNorm, nn.Identity))
+        and all(type(conv) is nn.Conv2d for conv in embed.convs)
+        and (type(embed.norm) is nn.Identity or embed.norm.weight is not None)
+    )
+
+
+# Left to itself, torch.compile copies the image for each convolution and brings all weights into another order in
+# every call.
+@torch.library.custom_op('timm_crossformer::embed', mutates_args=())
+def _embed(
+        x: Tensor,
+        weights: List[Tensor],
+        biases: List[Optional[Tensor]],
+        norm_weight: Optional[Tensor],
+        norm_bias: Optional[Tensor],
+        eps: float,
+        norm_first: bool,
+        stride: int,
+) -> Tensor:
+    """Embed a map for inference in fp32 on a CPU, as eager mode does.
+
+    Args:
+        x: Map [B, C, H, W].
+        weights: Of the convolutions.
+        biases: Of the same.
+        norm_weight: Weight of the norm, None without norm.
+        (others): See `CrossScaleEmbed`.
+
+    Returns:
+        Map [B, ceil(H / stride), ceil(W / stride), channels].
+    """
+    if norm_weight is not None and norm_first:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), norm_weight.shape, norm_weight, norm_bias, eps).permute(0, 3, 1, 2)
+    x = prepare_map(x, stride)
+    pads = [(weight.shape[2] - stride) // 2 for weight in weights]
+    x = join_maps([conv(x, w, b, stride, pad) for w, b, pad in zip(weights, biases, pads, strict=True)])
+    if norm_weight is not None and not norm_first:
+        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
+    return x
+
+
+@_embed.register_fake
+def _(x: Tensor, weights: List[Tensor], *args: Any) -> Tensor:
+    stride = args[-1]
+    H, W = (x.shape[2] + stride - 1) // stride, (x.shape[3] + stride - 1) // stride
+    return x.new_empty([x.shape[0], H, W, sum(weight.shape[0] for weight in weights)])
+
+
+def prepare_map(x: Tensor, stride: int) -> Tensor:
+    """Make the sides of x [B, C, H, W] multiples of the stride, in memory with channels last.
+
+    Large kernels run several times faster on the CPU that way, and blocks want the channels of a token side by side.
+    """
+    return pad_to_multiple(x, stride).contiguous(memory_format=torch.channels_last)
+
+
+def join_maps(maps: List[Tensor]) -> Tensor:
+    """Join the channels of maps [B, C, H, W] as tokens [B, H, W, C], contiguous.
+
+    As tokens, since in a compiled graph the layout of this result would be that of all blocks that follow.
+    """
+    return torch.cat([m.permute(0, 2, 3, 1) for m in maps], dim=3).contiguous()
 
 
 @register_notrace_function  # sizes decide

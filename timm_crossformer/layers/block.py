@@ -1,0 +1,186 @@
+"""The transformer block: attention inside groups and an MLP, each with a residual."""
+from typing import Callable, List, Optional, Type
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from .attention import GroupAttention, add_attention
+from .cooling import AmplitudeCooling
+from .cpu import (
+    Mlp,
+    add_in_chunks,
+    chunk_length,
+    in_inference_graph,
+    is_exact_gelu,
+    is_made_of,
+    is_plain,
+    product,
+    tokens_per_chunk,
+)
+from .grouping import longest, map_segments
+from .position_bias import DynamicPosBias, remembered_table
+
+
+class CrossFormerBlock(nn.Module):
+    """Attention inside groups and an MLP, each with a residual; in ++ some blocks end with amplitude cooling."""
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            head_dim: Optional[int] = None,
+            pos_bias: str = 'paper',
+            cooling: bool = False,
+            mlp_ratio: float = 4.,
+            qkv_bias: bool = True,
+            proj_drop: float = 0.,
+            attn_drop: float = 0.,
+            drop_path: float = 0.,
+            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+            act_layer: Type[nn.Module] = nn.GELU,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim: Channels of a token.
+            cooling: End the block with an amplitude cooling layer.
+            drop_path: Rate of stochastic depth for both residuals.
+            (others): See `GroupAttention` and `CrossFormer`.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = GroupAttention(
+            dim,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            pos_bias=pos_bias,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **dd,
+        )
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.hidden_features = int(dim * mlp_ratio)
+        self.mlp = Mlp(dim, self.hidden_features, act_layer=act_layer, drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.cooling = AmplitudeCooling(dim, norm_layer, **dd) if cooling else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens [B, H, W, C]."""
+        if torch.jit.is_scripting():
+            x = x + self.drop_path1(self.attn(self.norm1(x)))
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        elif self._is_one_operator(x):
+            x = self._in_graph(x)
+        else:
+            x = self._add_mlp(self._add_attention(x))
+        return self.cooling(x)
+
+    @torch.jit.unused
+    def _add_attention(self, x: Tensor) -> Tensor:
+        length = chunk_length(x, 3 * x.shape[-1], [self.norm1, self.attn, self.drop_path1])  # queries, keys and values
+        if length == 0 or not is_plain(self.attn, GroupAttention):
+            return x + self.drop_path1(self.attn(self.norm1(x)))
+        return self.attn.add_in_chunks(x, self.norm1, length)
+
+    @torch.jit.unused
+    def _add_mlp(self, x: Tensor) -> Tensor:
+        length = chunk_length(x, self.hidden_features, [self.norm2, self.mlp, self.drop_path2])
+        if length == 0:
+            return x + self.drop_path2(self.mlp(self.norm2(x)))
+        # In place: nobody else has seen this sum.
+        return add_in_chunks(x.contiguous(), lambda tokens: self.mlp(self.norm2(tokens)), length)
+
+    @torch.jit.unused
+    def _is_one_operator(self, x: Tensor) -> bool:
+        """Return whether, in a compiled graph, the block is exactly what the operator computes."""
+        if not in_inference_graph(x) or not _is_known(self):
+            return False
+        drops = self.attn.attn_drop, self.attn.proj_drop, self.mlp.drop1, self.mlp.drop2
+        return not any(part.training for part in (self, *drops, self.drop_path1, self.drop_path2))
+
+    @torch.jit.unused
+    def _in_graph(self, x: Tensor) -> Tensor:
+        layers = self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2
+        return _block(
+            x,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            [self.norm1.eps, self.norm2.eps],
+            *self.attn.config(),
+        )
+
+
+@torch.compiler.assume_constant_result  # as torch.compile has it for hooks; what it looks at would need 500 guards
+def _is_known(block: CrossFormerBlock) -> bool:
+    """Return whether nothing but the weights tells the attention and the MLP of a block from those of others."""
+    attn, mlp, norms = block.attn, block.mlp, (block.norm1, block.norm2)
+    kinds = (
+        GroupAttention, DynamicPosBias, Mlp, nn.LayerNorm, nn.Linear, nn.GELU, nn.ReLU, nn.Dropout, nn.Identity,
+        nn.Sequential, DropPath,
+    )
+    return (
+        type(attn) is GroupAttention and type(mlp) is Mlp
+        and all(is_made_of(part, kinds) for part in (attn, mlp, *norms, block.drop_path1, block.drop_path2))
+        and all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
+        and all(type(norm) is nn.LayerNorm and norm.weight is not None for norm in norms)
+        and is_exact_gelu(mlp.act) and type(mlp.norm) is nn.Identity
+    )
+
+
+# Left to itself, torch.compile calls PyTorch's products on whole maps and carries residuals along unsummed.
+@torch.library.custom_op('timm_crossformer::block', mutates_args=())
+def _block(
+        x: Tensor,
+        weights: List[Tensor],
+        biases: List[Optional[Tensor]],
+        eps: List[float],
+        bias_mlp: List[Tensor],
+        num_heads: int,
+        group_size: List[int],
+        interval: int,
+        grouping: str,
+        fit_groups: bool,
+        legacy_lookup: bool,
+        fused: bool,
+) -> Tensor:
+    """Compute a block for inference in fp32 on a CPU, as eager mode does.
+
+    Args:
+        x: Tokens [B, H, W, C].
+        weights: Of the first norm, of queries, keys and values, of the projection, of the second norm and of the MLP.
+        biases: Of the same.
+        eps: Of both norms.
+        (others): See `GroupAttention.config`.
+    """
+    norm1, qkv, proj, norm2, fc1, fc2 = zip(weights, biases, strict=True)
+    C = x.shape[3:]
+    rows, cols = map_segments(x.shape[1], x.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
+    table = remembered_table(bias_mlp, longest(rows), longest(cols), group_size if legacy_lookup else None)
+    x = add_attention(
+        x,
+        rows,
+        cols,
+        table,
+        num_heads,
+        fused,
+        norm=lambda tokens: F.layer_norm(tokens, C, *norm1, eps[0]),
+        qkv=lambda tokens: product(tokens, *qkv),
+        proj=lambda tokens: product(tokens, *proj),
+        length=tokens_per_chunk(x, len(weights[1])),
+    )
+    return add_in_chunks(
+        x,
+        lambda tokens: product(product(F.layer_norm(tokens, C, *norm2, eps[1]), *fc1, True), *fc2),
+        tokens_per_chunk(x, len(weights[4])),
+    )
+
+
+@_block.register_fake
+def _(x: Tensor, *_) -> Tensor:
+    return x.new_empty(x.shape)
