@@ -1,5 +1,8 @@
 """Linear layers by oneDNN, folded convolutions and chunks: the same numbers, visible to whoever observes a layer."""
 import copy
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -244,6 +247,32 @@ def test_chunks_give_the_same(chunk, grouping, monkeypatch):
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
+FAULTS = '''
+import resource
+import torch
+from timm_crossformer.layers.cpu import tokens_per_chunk
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    maps = [torch.ones(9 << 18) for _ in range(6)]  # 9 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+for _ in range(3):
+    before = faults()
+tokens_per_chunk(torch.ones(1), 1)
+for _ in range(3):
+    after = faults()
+print(before, after)
+'''
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='about an allocator')
+def test_freed_memory_is_kept():
+    done = subprocess.run([sys.executable, '-c', FAULTS], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after < 100 < before
+
+
 @pytest.mark.parametrize('most', [1, 40, 700])
 def test_a_bias_built_in_pieces_gives_the_same(most):
     groups, gh, gw, heads = 3, 4, 5, 2
@@ -357,38 +386,55 @@ def plus_one(_, __, out):
     return out + 1
 
 
-CHANGES = {  # what makes a block or an embedding another one than the operator computes
-    'linear before attention': lambda model: double(model.stages[0].blocks[0].attn, 'qkv'),
-    'linear': lambda model: double(model.stages[0].blocks[0].mlp, 'fc2'),
-    'linear of the bias': lambda model: double(model.stages[0].blocks[0].attn.pos_bias.mlp, '9'),
-    'activation': lambda model: setattr(model.stages[0].blocks[0].mlp, 'act', nn.GELU('tanh')),
-    'norm': lambda model: setattr(model.stages[0].blocks[0], 'norm2', nn.Identity()),
-    'attention': lambda model: setattr(model.stages[0].blocks[0], 'attn', nn.Identity()),
-    'forward': lambda model: setattr(model.stages[0].blocks[0].attn, 'forward', lambda x: x + 1),
-    'hook of attention': lambda model: model.stages[0].blocks[0].attn.register_forward_hook(plus_one),
-    'hook of a layer': lambda model: model.stages[0].blocks[0].mlp.act.register_forward_hook(plus_one),
-    'hook of a convolution': lambda model: model.stages[1].downsample.convs[0].register_forward_hook(plus_one),
-    'norm of a stage': lambda model: setattr(model.stages[1].downsample, 'norm', nn.Tanh()),
-    'dropout': lambda model: setattr(model.stages[0].blocks[0].mlp, 'drop1', nn.Tanh()),
+CHANGES = {  # what makes a block another one than the operator computes
+    'nothing': lambda block: None,
+    'linear before attention': lambda block: double(block.attn, 'qkv'),
+    'linear': lambda block: double(block.mlp, 'fc2'),
+    'linear of the bias': lambda block: double(block.attn.pos_bias.mlp, '9'),
+    'activation': lambda block: setattr(block.mlp, 'act', nn.GELU('tanh')),
+    'norm': lambda block: setattr(block, 'norm2', nn.Identity()),
+    'attention': lambda block: setattr(block, 'attn', nn.Identity()),
+    'dropout': lambda block: setattr(block.mlp, 'drop1', nn.Tanh()),
+    'forward': lambda block: setattr(block.attn, 'forward', lambda x: x + 1),
+    'hook of attention': lambda block: block.attn.register_forward_hook(plus_one),
+    'hook of a layer': lambda block: block.mlp.act.register_forward_hook(plus_one),
+    'double': lambda block: block.double(),
 }
 
 
 @pytest.mark.parametrize('change', CHANGES)
-def test_a_graph_follows_replaced_and_observed_layers(change):
-    model, x = small(depths=(1, 1, 1, 1)), noise(2, 3, 64, 64)
-    CHANGES[change](model)
-    graph, names = compiled(model)
+def test_a_graph_follows_a_changed_block(change):
+    block, x = small(depths=(1, 1, 1, 1)).stages[0].blocks[0], torch.randn(2, 9, 8, 32)
+    CHANGES[change](block)
+    x = x.to(block.norm1.weight.dtype)
+    graph, names = compiled(block)
     with torch.inference_mode():
-        torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
-    assert names.count('embed') + names.count('block') == 7  # of 4 and 4
+        torch.testing.assert_close(graph(x), block(x), rtol=1e-5, atol=1e-5)
+    assert ('block' in names) == (change == 'nothing')
+
+
+@pytest.mark.parametrize('change', ['nothing', 'hook', 'norm', 'convolution', 'plain'])
+def test_a_graph_follows_a_changed_embedding(change):
+    model = small(depths=(1, 1, 1, 1), stage_norm=change != 'plain')
+    for embed, x in ((model.stem, noise(2, 3, 65, 62)), (model.stages[1].downsample, torch.randn(2, 32, 9, 8))):
+        if change == 'hook':
+            embed.convs[1].register_forward_hook(plus_one)
+        elif change == 'norm':
+            embed.norm = nn.Tanh()
+        elif change == 'convolution':
+            embed.convs[1] = nn.Sequential(embed.convs[1], nn.Tanh())
+        graph, names = compiled(embed)
+        with torch.inference_mode():
+            torch.testing.assert_close(graph(x), embed(x), rtol=1e-5, atol=1e-5)
+        assert ('embed' in names) == (change in ('nothing', 'plain'))
 
 
 def test_a_graph_follows_dropout_turned_on():
-    model, x = small(depths=(1, 1, 1, 1), proj_drop_rate=0.5), noise(2, 3, 64, 64)
-    graph, _ = compiled(model)
+    block, x = small(depths=(1, 1, 1, 1), proj_drop_rate=0.5).stages[0].blocks[0], torch.randn(2, 9, 8, 32)
+    graph, _ = compiled(block)
     with torch.inference_mode():
         assert torch.equal(graph(x), graph(x))
-        model.stages[0].blocks[0].mlp.drop2.train()
+        block.mlp.drop2.train()
         assert not torch.equal(graph(x), graph(x))
 
 

@@ -3,6 +3,7 @@
 Whatever is not a plain layer, or is being observed by hooks or a tracer, is called as it is. The operators of oneDNN
 take part while `torch.backends.mkldnn.enabled` is true.
 """
+import functools
 from typing import Any, Callable, List, Optional, Sequence, Tuple, Type, cast
 
 import torch
@@ -19,6 +20,9 @@ _LEAST_WORK = 1 << 23
 # Numbers that a wide intermediate result holds at a time in inference on a CPU, 4 MiB in fp32: whole maps would go to
 # main memory and back, and above 32 MiB glibc maps fresh pages for every result, at the cost of a fault each.
 _CHUNK = 1 << 20
+
+# Bytes. glibc learns from blocks up to 32 MiB, with what alignment adds, that memory is worth keeping.
+_LARGEST_HEAP_BLOCK = (32 << 20) - (1 << 14)
 
 # With fewer channels than a vector register holds, oneDNN computes the gradients of wide kernels number by number.
 _FEW_CHANNELS = 16
@@ -166,15 +170,14 @@ def strided_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
     of the time in a batch of 8 images, and a fortieth in one of 1 or 2. One with far more weights than input, as on
     the last map of one image, becomes a linear layer of patches: oneDNN would bring all weights into another order.
     """
+    if not is_plain(layer, nn.Conv2d):
+        return layer(x)
     stride, pad = layer.stride[0], cast(Tuple[int, int], layer.padding)[0]
     if not torch.is_grad_enabled():
         if not _is_ours(layer, nn.Conv2d, x):
             return layer(x)
         return conv(x, layer.weight, layer.bias, stride, pad)
-    if (
-        not _is_eager(x) or not is_plain(layer, nn.Conv2d)
-        or layer.in_channels >= _FEW_CHANNELS or layer.kernel_size[0] % stride != 0
-    ):
+    if not _is_eager(x) or layer.in_channels >= _FEW_CHANNELS or layer.kernel_size[0] % stride != 0:
         return layer(x)
     nhwc = torch.channels_last
     x, weight = (F.pixel_unshuffle(t, stride) for t in (F.pad(x, [pad] * 4), layer.weight))
@@ -219,8 +222,19 @@ def chunk_length(x: Tensor, width: int, modules: List[nn.Module]) -> int:
 
 def tokens_per_chunk(x: Tensor, width: int) -> int:
     """Return how many of the tokens x [..., C] make a chunk; 0 for all of them."""
+    _keep_freed_memory()
     length = max(1, _CHUNK // width)
     return length if x.numel() > 2 * length * x.shape[-1] else 0  # two chunks are not worth their overhead
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let glibc keep up to 64 MB of freed memory, as it does once a block of 32 MB has been freed.
+
+    Otherwise it returns most of it after every block and gets it back page by page, a tenth of the time in a batch of 8
+    images. Nothing is written, so that nothing is spent.
+    """
+    torch.empty(_LARGEST_HEAP_BLOCK, dtype=torch.uint8)
 
 
 def add_in_chunks(x: Tensor, branch: Callable[[Tensor], Tensor], length: int) -> Tensor:
