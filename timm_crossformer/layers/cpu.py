@@ -3,7 +3,6 @@
 Whatever is not a plain layer, or is being observed by hooks or a tracer, is called as it is. The operators of oneDNN
 take part while `torch.backends.mkldnn.enabled` is true.
 """
-import functools
 from typing import Any, Callable, List, Optional, Sequence, Tuple, Type, cast
 
 import torch
@@ -20,9 +19,6 @@ _LEAST_WORK = 1 << 23
 # Numbers that a wide intermediate result holds at a time in inference on a CPU, 4 MiB in fp32: whole maps would go to
 # main memory and back, and above 32 MiB glibc maps fresh pages for every result, at the cost of a fault each.
 _CHUNK = 1 << 20
-
-# Bytes. glibc learns from blocks up to 32 MiB, with what alignment adds, that memory is worth keeping.
-_LARGEST_HEAP_BLOCK = (32 << 20) - (1 << 14)
 
 # With fewer channels than a vector register holds, oneDNN computes the gradients of wide kernels number by number.
 _FEW_CHANNELS = 16
@@ -176,7 +172,7 @@ def strided_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         if not _is_ours(layer, nn.Conv2d, x):
             return layer(x)
-        return conv(x, layer.weight, layer.bias, stride, pad)
+        return convolve(x, layer.weight, layer.bias, stride, pad)
     if not _is_eager(x) or layer.in_channels >= _FEW_CHANNELS or layer.kernel_size[0] % stride != 0:
         return layer(x)
     nhwc = torch.channels_last
@@ -184,7 +180,7 @@ def strided_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x.contiguous(memory_format=nhwc), weight.contiguous(memory_format=nhwc), layer.bias)
 
 
-def conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: int, pad: int) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: int, pad: int) -> Tensor:
     """Convolve without gradients; the result lies in memory with channels last."""
     if weight.numel() < _MANY_WEIGHTS * x.numel() or not _pays(x, weight):
         return F.conv2d(x, weight, bias, stride, pad).contiguous(memory_format=torch.channels_last)
@@ -222,19 +218,8 @@ def chunk_length(x: Tensor, width: int, modules: List[nn.Module]) -> int:
 
 def tokens_per_chunk(x: Tensor, width: int) -> int:
     """Return how many of the tokens x [..., C] make a chunk; 0 for all of them."""
-    _keep_freed_memory()
     length = max(1, _CHUNK // width)
     return length if x.numel() > 2 * length * x.shape[-1] else 0  # two chunks are not worth their overhead
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let glibc keep up to 64 MB of freed memory, as it does once a block of 32 MB has been freed.
-
-    Otherwise it returns most of it after every block and gets it back page by page, a tenth of the time in a batch of 8
-    images. Nothing is written, so that nothing is spent.
-    """
-    torch.empty(_LARGEST_HEAP_BLOCK, dtype=torch.uint8)
 
 
 def add_in_chunks(x: Tensor, branch: Callable[[Tensor], Tensor], length: int) -> Tensor:

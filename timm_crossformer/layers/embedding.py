@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-from .cpu import conv, in_inference_graph, is_made_of, strided_conv
+from .cpu import convolve, in_inference_graph, is_made_of, strided_conv
 
 
 class CrossScaleEmbed(nn.Module):
@@ -74,19 +74,18 @@ class CrossScaleEmbed(nn.Module):
 
     @torch.jit.unused
     def _in_graph(self, x: Tensor) -> Tensor:
-        norm = self.norm if isinstance(self.norm, nn.LayerNorm) else None
+        norm: Tuple[Any, Any, float] = (None, None, 0.)
+        if type(self.norm) is nn.LayerNorm:
+            norm = (self.norm.weight, self.norm.bias, self.norm.eps)
         weights, biases = [conv.weight for conv in self.convs], [conv.bias for conv in self.convs]
-        if norm is None:
-            return _embed(x, weights, biases, None, None, 0., False, self.stride).permute(0, 3, 1, 2)
-        return _embed(
-            x, weights, biases, norm.weight, norm.bias, norm.eps, self.norm_first, self.stride).permute(0, 3, 1, 2)
+        return _embed(x, weights, biases, *norm, self.norm_first, self.stride).permute(0, 3, 1, 2)
 
 
 @torch.compiler.assume_constant_result  # as torch.compile has it for hooks
 def _is_known(embed: CrossScaleEmbed) -> bool:
     """Return whether nothing but weights tells an embedding from others of its shape."""
     return (
-        is_made_of(embed, (CrossScaleEmbed, nn.ModuleList, nn.Conv2d, nn.LayerNorm, nn.Identity))
+        all(is_made_of(part, (nn.Conv2d, nn.LayerNorm, nn.Identity)) for part in (*embed.convs, embed.norm))
         and all(type(conv) is nn.Conv2d for conv in embed.convs)
         and (type(embed.norm) is nn.Identity or embed.norm.weight is not None)
     )
@@ -121,7 +120,7 @@ def _embed(
         x = F.layer_norm(x.permute(0, 2, 3, 1), norm_weight.shape, norm_weight, norm_bias, eps).permute(0, 3, 1, 2)
     x = prepare_map(x, stride)
     pads = [(weight.shape[2] - stride) // 2 for weight in weights]
-    x = join_maps([conv(x, w, b, stride, pad) for w, b, pad in zip(weights, biases, pads, strict=True)])
+    x = join_maps([convolve(x, w, b, stride, pad) for w, b, pad in zip(weights, biases, pads, strict=True)])
     if norm_weight is not None and not norm_first:
         x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
     return x
@@ -129,7 +128,7 @@ def _embed(
 
 @_embed.register_fake
 def _(x: Tensor, weights: List[Tensor], *args: Any) -> Tensor:
-    stride = args[-1]
+    stride: int = args[-1]
     H, W = (x.shape[2] + stride - 1) // stride, (x.shape[3] + stride - 1) // stride
     return x.new_empty([x.shape[0], H, W, sum(weight.shape[0] for weight in weights)])
 
