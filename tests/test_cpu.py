@@ -384,6 +384,17 @@ def test_a_graph_follows_a_changed_block(change):
     assert ('block' in names) == (change == 'nothing')
 
 
+@pytest.mark.parametrize('change', [c for c in CHANGES if not c.startswith(('hook', 'forward'))])
+def test_a_graph_follows_a_block_changed_later(change):
+    block, x = small(depths=(1, 1, 1, 1)).stages[0].blocks[0], torch.randn(2, 9, 8, 32)
+    graph, _ = compiled(block)
+    with torch.inference_mode():
+        graph(x)
+        CHANGES[change](block)
+        x = x.to(block.norm1.weight.dtype)
+        torch.testing.assert_close(graph(x), block(x), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize('change', ['nothing', 'hook', 'norm', 'convolution', 'plain'])
 def test_a_graph_follows_a_changed_embedding(change):
     model = small(depths=(1, 1, 1, 1), stage_norm=change != 'plain')

@@ -389,9 +389,9 @@ def _suits_products(q: Tensor, bias: Tensor) -> bool:
 @torch.jit.unused
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     batch, heads, _, head_dim = q.shape
-    biases = bias.repeat(batch * heads // bias.shape[0], 1, 1)
+    attn = bias.repeat(batch * heads // bias.shape[0], 1, 1)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    attn = torch.baddbmm(biases, q, k.transpose(1, 2), alpha=head_dim ** -0.5)
+    attn.baddbmm_(q, k.transpose(1, 2), alpha=head_dim ** -0.5)  # out of place it would copy the biases first
     return torch.bmm(attn.softmax(dim=-1), v).unflatten(0, [batch, heads])
 
 
