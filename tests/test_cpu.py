@@ -232,6 +232,10 @@ def test_flops_are_counted():
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         linear(layer, x)
     assert counter.get_total_flops() == 2 * 10 * 6 * 7
+    q, k, v, bias = torch.randn(5, 3, 8, 4), torch.randn(5, 3, 12, 4), torch.randn(5, 3, 12, 4), torch.randn(3, 8, 12)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        attention._attend_by_products(q, k, v, bias)
+    assert counter.get_total_flops() == 2 * 2 * 15 * 8 * 12 * 4
 
 
 @pytest.mark.parametrize('grouping', GROUPINGS)

@@ -11,7 +11,7 @@ from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # Below this many multiply-adds the overhead of oneDNN outweighs its speed.
 _LEAST_WORK = 1 << 23
@@ -155,6 +155,10 @@ if _onednn_linear is not None:
     def _linear_flops(x, weight, *_, **__) -> int:
         """Count for `FlopCounterMode` what a matrix product counts."""
         return 2 * torch.Size(x).numel() * weight[0]
+
+
+if torch.ops.aten.baddbmm_ not in flop_registry:  # attention's; PyTorch counts the form that is not in place
+    flop_registry[torch.ops.aten.baddbmm_] = flop_registry[torch.ops.aten.baddbmm]
 
 
 @torch.jit.ignore
