@@ -127,6 +127,12 @@ def test_equal_networks_with_equal_weights_pass(monkeypatch, small_gemm):
     bench.measure(cases, seconds=0, min_rounds=1)
 
 
+def test_a_compiled_model_is_the_eager_one():
+    eager, compiled = cases = [TINY, replace(TINY, mode='compile')]
+    assert list(bench.same_networks(cases)) == [(eager, compiled)]
+    assert bench.build_case(compiled)[0] is bench.build_case(eager)[0]
+
+
 def test_networks_that_should_be_equal_and_are_not_fail(monkeypatch, small_gemm):
     monkeypatch.setattr(bench, 'PEER_OF_SAME_NETWORK', {OTHER: 'test_crossformer'})
     with pytest.raises(WrongResult, match='same network'):

@@ -159,12 +159,53 @@ def test_biases_are_kept_with_a_remembered_table_only():
     assert run_bias(module(10, 30), 3, 10, 30) is not run_bias(module(10, 30), 3, 10, 30)  # large
 
 
-def test_the_cache_sees_parameters_of_a_replaced_layer():
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(mlp):
+    mlp[9].__class__ = Doubled
+
+
+def activation(mlp):
+    mlp[2] = torch.nn.Tanh()
+
+
+def nested(mlp):
+    mlp[9] = torch.nn.Sequential(mlp[9], torch.nn.Linear(3, 3)).eval().requires_grad_(False)
+
+
+def hook(mlp):
+    mlp[9].register_forward_hook(lambda *args: args[2] + 1)
+
+
+def forward(mlp):
+    mlp[0].forward = lambda x: x[..., :1].expand(*x.shape[:2], 4)
+
+
+def one_more(mlp):
+    mlp.append(torch.nn.Tanh())
+
+
+def no_bias(mlp):
+    mlp[9].bias = None
+
+
+LAYERS = [doubled, activation, nested, hook, forward, one_more, no_bias]
+
+
+@pytest.mark.parametrize('change', LAYERS, ids=lambda f: f.__name__)
+def test_another_layer_ends_the_cache(change):
     module = make()
-    module.mlp[9] = torch.nn.Sequential(module.mlp[9], torch.nn.Linear(3, 3)).eval().requires_grad_(False)
     before = module(3, 3)
-    module.mlp[9][1].weight.data.mul_(2)
-    assert not torch.allclose(module(3, 3), before)
+    change(module.mlp)
+    after = module(3, 3)
+    expected = copy.deepcopy(module)(3, 3)
+    assert not torch.allclose(after, before)
+    assert torch.equal(after, expected)
+    module.mlp[3].weight.data.mul_(2)
+    assert torch.equal(module(3, 3), copy.deepcopy(module)(3, 3))
 
 
 def test_the_cache_ends_with_its_parameters():

@@ -98,16 +98,11 @@ class GroupAttention(nn.Module):
         dropout = self.attn_drop.p if self.training else 0.
         if torch.jit.is_scripting() or not torch.compiler.is_compiling():
             x = self._attend_runs(x, dropout)
-        elif torch.compiler.is_exporting() or torch.is_grad_enabled() or not self._has_plain_bias():
+        elif torch.compiler.is_exporting() or torch.is_grad_enabled() or self.pos_bias.plain_parameters() is None:
             x = self.proj(self._attend_indexed(self.qkv(x), dropout))
         else:
             x = self.proj(_attend_opaque(self.qkv(x), *self.config()))
         return self.proj_drop(x)
-
-    @torch.jit.unused
-    def _has_plain_bias(self) -> bool:
-        """Return whether parameters alone, which is what operators get, tell the position bias."""
-        return all(type(layer) in (nn.Linear, nn.LayerNorm, nn.ReLU) for layer in self.pos_bias.mlp)
 
     @torch.jit.unused
     def config(self) -> Tuple[List[Tensor], int, List[int], int, str, bool, bool, bool]:

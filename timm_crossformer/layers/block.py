@@ -119,7 +119,7 @@ class CrossFormerBlock(nn.Module):
         )
 
 
-@torch.compiler.assume_constant_result  # as torch.compile has it for hooks; what it looks at would need 500 guards
+@torch.compiler.assume_constant_result  # as torch.compile has it for hooks; to look at all that takes many guards
 def _is_known(block: CrossFormerBlock) -> bool:
     """Return whether nothing but the weights tells the attention and the MLP of a block from those of others."""
     attn, mlp, norms = block.attn, block.mlp, (block.norm1, block.norm2)
@@ -128,7 +128,7 @@ def _is_known(block: CrossFormerBlock) -> bool:
         nn.Sequential, DropPath,
     )
     return (
-        type(attn) is GroupAttention and type(mlp) is Mlp
+        type(attn) is GroupAttention and type(mlp) is Mlp and attn.pos_bias.plain_parameters() is not None
         and all(is_made_of(part, kinds) for part in (attn, mlp, *norms, block.drop_path1, block.drop_path2))
         and all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
         and all(type(norm) is nn.LayerNorm and norm.weight is not None for norm in norms)

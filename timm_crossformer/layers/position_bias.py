@@ -6,8 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .cpu import is_plain
 from .grouping import divide
 
+_HIDDEN = nn.LayerNorm, nn.ReLU, nn.Linear
+_LAYERS = nn.Linear, *_HIDDEN, *_HIDDEN, *_HIDDEN  # of the MLP
+_PARAMETERS = 14  # weights and biases of its linear layers and norms
 _CACHE_SIZES = 8  # group sizes remembered per module; a fixed image size needs one or two
 
 
@@ -60,12 +64,21 @@ class DynamicPosBias(nn.Module):
         return self.mlp[1].weight
 
     @torch.jit.unused
+    def plain_parameters(self) -> Optional[List[nn.Parameter]]:
+        """Return the parameters if they alone tell the table: no layer was replaced, is observed or lacks one."""
+        if len(self.mlp) != len(_LAYERS) or not all(map(is_plain, self.mlp, _LAYERS)):
+            return None
+        # `parameters()` takes six times as long, once per block and image.
+        params = [p for layer in self.mlp for p in layer._parameters.values() if p is not None]
+        return params if len(params) == _PARAMETERS else None
+
+    @torch.jit.unused
     def _eager_table(self, height: int, width: int) -> Tensor:
         """Look the table up in the cache, or compute it where a cache would be seen or could not be trusted."""
         if self.training or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return self._exact_table(height, width)
-        params = list(self.mlp.parameters())  # of whatever a layer has been replaced by, too
-        if torch.is_grad_enabled() and any(p.requires_grad for p in params):
+        params = self.plain_parameters()
+        if params is None or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
             return self._exact_table(height, width)
         return remember(params, (height, width, self.legacy_size), lambda: self._exact_table(height, width))
 
@@ -155,7 +168,7 @@ def _fingerprint(params) -> Any:
     if any(type(p) is not nn.Parameter or p.is_meta for p in params):  # functional_call, fake tensors, sharded weights
         return None
     if all(p.device.type == 'cpu' for p in params):
-        return torch.cat([p.detach().flatten() for p in params])
+        return torch.cat([p.flatten() for p in params])
     return _versions(params)
 
 
