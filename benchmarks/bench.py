@@ -311,8 +311,9 @@ def check_outputs(cases: Sequence[Case], outputs: Sequence[Any]) -> None:
         difference = ((actual - expected).abs().max() / expected.abs().max()).item()
         if difference > tolerance:
             raise WrongResult(
-                f'{ours.contestant} ({ours.mode}) and {peer.contestant} ({peer.mode}) are the same network and have the '
-                f'same weights, but their outputs differ by {difference:.2g} of the largest one, more than {tolerance:g}.')
+                f'{ours.contestant} ({ours.mode}) and {peer.contestant} ({peer.mode}) are the same network and have '
+                f'the same weights, but their outputs differ by {difference:.2g} of the largest one, more than '
+                f'{tolerance:g}.')
 
 
 def _leaves(output: Any) -> List[Tensor]:
