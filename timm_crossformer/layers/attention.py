@@ -23,6 +23,7 @@ from .grouping import (
     map_segments,
     to_groups,
 )
+from .operator import operator
 from .position_bias import DynamicPosBias, expand_bias, known_biases, remembered_table
 
 
@@ -395,7 +396,7 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor
     return torch.bmm(attn.softmax(dim=-1), v).unflatten(0, [batch, heads])
 
 
-@torch.library.custom_op('timm_crossformer::attend', mutates_args=())
+@operator('attend', lambda qkv, *_: qkv.new_empty([*qkv.shape[:3], qkv.shape[3] // 3]))
 def _attend_opaque(
         qkv: Tensor,
         bias_mlp: List[Tensor],
@@ -420,11 +421,6 @@ def _attend_opaque(
     tokens = to_groups(qkv, rows, cols)
     tokens = attend_runs(tokens, list_runs(qkv.shape[0], rows, cols), table, num_heads, 0., fused)
     return from_groups(tokens, [*qkv.shape[:3], tokens.shape[1]], rows, cols)
-
-
-@_attend_opaque.register_fake
-def _(qkv: Tensor, *_) -> Tensor:
-    return qkv.new_empty([*qkv.shape[:3], qkv.shape[3] // 3])
 
 
 def _opaque_layout(layout: Layout) -> Layout:

@@ -19,6 +19,7 @@ from .cpu import (
     tokens_per_chunk,
 )
 from .grouping import longest, map_segments
+from .operator import operator
 from .position_bias import DynamicPosBias, remembered_table
 
 
@@ -136,7 +137,7 @@ def _is_known(block: CrossFormerBlock) -> bool:
 
 
 # Left to itself, torch.compile calls PyTorch's products on whole maps and carries residuals along unsummed.
-@torch.library.custom_op('timm_crossformer::block', mutates_args=())
+@operator('block', lambda x, *_: x.new_empty(x.shape))
 def _block(
         x: Tensor,
         weights: List[Tensor],
@@ -181,8 +182,3 @@ def _block(
         lambda tokens: product(product(F.layer_norm(tokens, C, *norm2, eps[1]), *fc1, True), *fc2),
         tokens_per_chunk(x, len(weights[4])),
     )
-
-
-@_block.register_fake
-def _(x: Tensor, *_) -> Tensor:
-    return x.new_empty(x.shape)

@@ -7,6 +7,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from .cpu import convolve, in_inference_graph, is_made_of, strided_conv
+from .operator import operator
 
 
 class CrossScaleEmbed(nn.Module):
@@ -91,9 +92,15 @@ def _is_known(embed: CrossScaleEmbed) -> bool:
     )
 
 
+def _empty_map(x: Tensor, weights: List[Tensor], *args: Any) -> Tensor:
+    stride: int = args[-1]
+    H, W = (x.shape[2] + stride - 1) // stride, (x.shape[3] + stride - 1) // stride
+    return x.new_empty([x.shape[0], H, W, sum(weight.shape[0] for weight in weights)])
+
+
 # Left to itself, torch.compile copies the image for each convolution and brings all weights into another order in
 # every call.
-@torch.library.custom_op('timm_crossformer::embed', mutates_args=())
+@operator('embed', _empty_map)
 def _embed(
         x: Tensor,
         weights: List[Tensor],
@@ -124,13 +131,6 @@ def _embed(
     if norm_weight is not None and not norm_first:
         x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
     return x
-
-
-@_embed.register_fake
-def _(x: Tensor, weights: List[Tensor], *args: Any) -> Tensor:
-    stride: int = args[-1]
-    H, W = (x.shape[2] + stride - 1) // stride, (x.shape[3] + stride - 1) // stride
-    return x.new_empty([x.shape[0], H, W, sum(weight.shape[0] for weight in weights)])
 
 
 def prepare_map(x: Tensor, stride: int) -> Tensor:
