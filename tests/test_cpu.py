@@ -307,6 +307,45 @@ def test_chunks_leave_the_input_alone_and_respect_replacements(monkeypatch):
     assert set(kept.tolist()) == {0., 1.}
 
 
+@pytest.mark.parametrize('autocast, tolerance', [(False, 1e-10), (True, 2e-2)])
+@pytest.mark.parametrize('rate', [0., 0.3, 0.8])
+def test_dropped_images_are_left_out_without_a_trace(rate, autocast, tolerance, monkeypatch):
+    results, tokens = [], []
+
+    def counted(layer, x, act=None):
+        tokens[-1] += x.shape[:-1].numel()
+        return linear(layer, x, act)
+
+    monkeypatch.setattr(attention, 'linear', counted)
+    dtype = torch.float32 if autocast else torch.float64
+    for observed in (True, False):
+        model, x = small(drop_path_rate=rate).to(dtype).train(), noise(6, 3, 75, 90).to(dtype).requires_grad_()
+        for block in model.modules() if observed else ():
+            if isinstance(block, blocks.CrossFormerBlock):
+                block.attn.register_forward_hook(lambda *args: None)
+                block.mlp.register_forward_hook(lambda *args: None)
+        torch.manual_seed(0)
+        tokens.append(0)
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            result = model(x)
+        result.to(dtype).square().sum().backward()
+        results.append([result, x.grad, *(p.grad for p in model.parameters())])
+    assert tokens[0] == tokens[1] if rate == 0. else tokens[0] > tokens[1]
+    for plain, fast in zip(*results, strict=True):
+        assert plain.dtype == fast.dtype
+        torch.testing.assert_close(fast, plain, rtol=0, atol=tolerance * max(1., plain.abs().max().item()))
+
+
+def test_every_parameter_has_a_gradient_if_all_images_are_dropped():
+    block = small(drop_path_rate=0.9).train().stages[3].blocks[-1]
+    block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1 - 1e-9
+    x = torch.randn(2, 2, 2, 96)
+    result = block(x)
+    assert torch.equal(result, x)
+    result.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
+
+
 def test_a_model_gives_the_same_either_way(calls):
     model, x = small(), noise(2, 3, 75, 90)
     with torch.inference_mode():

@@ -10,6 +10,7 @@ from .attention import GroupAttention, add_attention
 from .cooling import AmplitudeCooling
 from .cpu import (
     Mlp,
+    add_branch,
     add_in_chunks,
     chunk_length,
     in_inference_graph,
@@ -85,14 +86,14 @@ class CrossFormerBlock(nn.Module):
     def _add_attention(self, x: Tensor) -> Tensor:
         length = chunk_length(x, 3 * x.shape[-1], [self.norm1, self.attn, self.drop_path1])  # queries, keys and values
         if length == 0 or not is_plain(self.attn, GroupAttention):
-            return x + self.drop_path1(self.attn(self.norm1(x)))
+            return add_branch(x, self.norm1, self.attn, self.drop_path1)
         return self.attn.add_in_chunks(x, self.norm1, length)
 
     @torch.jit.unused
     def _add_mlp(self, x: Tensor) -> Tensor:
         length = chunk_length(x, self.hidden_features, [self.norm2, self.mlp, self.drop_path2])
         if length == 0:
-            return x + self.drop_path2(self.mlp(self.norm2(x)))
+            return add_branch(x, self.norm2, self.mlp, self.drop_path2)
         # In place: nobody else has seen this sum.
         return add_in_chunks(x.contiguous(), lambda tokens: self.mlp(self.norm2(tokens)), length)
 

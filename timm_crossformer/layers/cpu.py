@@ -1,4 +1,4 @@
-"""What a CPU computes faster another way: linear layers, convolutions of an image, wide maps.
+"""What a CPU computes faster another way: linear layers, convolutions of an image, wide maps, stochastic depth.
 
 Whatever is not a plain layer, or is being observed by hooks or a tracer, is called as it is. The operators of oneDNN
 take part while `torch.backends.mkldnn.enabled` is true.
@@ -7,6 +7,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple, Type, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -232,3 +233,20 @@ def add_in_chunks(x: Tensor, branch: Callable[[Tensor], Tensor], length: int) ->
     for part in tokens.split(length or max(1, len(tokens))):
         part += branch(part)
     return x
+
+
+@torch.jit.ignore
+def add_branch(x: Tensor, norm: nn.Module, branch: nn.Module, drop_path: nn.Module) -> Tensor:
+    """Return x + drop_path(branch(norm(x))) for x [B, H, W, C].
+
+    Eager mode on a CPU leaves out the images whose result stochastic depth drops: the same sums and gradients for less.
+    If it drops all of them, none is left out, so that every parameter always has a gradient.
+    """
+    drops = drop_path.training and is_plain(drop_path, DropPath) and _is_eager(x) and not _is_transformed()
+    if not drops or any(_is_observed(part) for module in (norm, branch) for part in module.modules()):
+        return x + drop_path(branch(norm(x)))
+    scale = drop_path(x.new_ones([x.shape[0], 1, 1, 1]))
+    kept = scale.flatten().nonzero().flatten()
+    if len(kept) in (0, len(x)):
+        return x + branch(norm(x)) * scale
+    return x.index_add(0, kept, (branch(norm(x.index_select(0, kept))) * scale[kept]).to(x.dtype))
