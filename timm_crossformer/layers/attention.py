@@ -134,13 +134,14 @@ class GroupAttention(nn.Module):
         return from_groups(tokens, [B, H, W, C], rows, cols)
 
     @torch.jit.unused
-    def add_in_chunks(self, x: Tensor, norm: nn.Module, length: int) -> Tensor:
-        """Return x + self(norm(x)) for inference, computed for about `length` tokens at a time."""
+    def add_with_mlp(self, x: Tensor, norm: nn.Module, mlp: Callable[[Tensor], Tensor], length: int) -> Tensor:
+        """Return y + mlp(y), where y = x + self(norm(x)), for inference; see `add_attention_and_mlp`."""
         rows, cols = map_segments(
             x.shape[1], x.shape[2], self.group_size, self.interval, self.grouping, self.fit_groups)
         table = self.pos_bias(longest(rows), longest(cols))
         qkv, proj = partial(linear, self.qkv), partial(linear, self.proj)
-        return add_attention(x, rows, cols, table, self.num_heads, self.fused_attn, norm, qkv, proj, length)
+        return add_attention_and_mlp(
+            x, rows, cols, table, self.num_heads, self.fused_attn, norm, qkv, proj, mlp, length)
 
     @torch.jit.unused
     def _attend_indexed(self, qkv: Tensor, dropout: float) -> Tensor:
@@ -195,7 +196,7 @@ _BIAS_PAIRS = 1 << 22
 _KEPT_PAIRS = 1 << 18  # of biases that are kept for as long as their table is, 1 MiB in fp32
 
 
-def add_attention(
+def add_attention_and_mlp(
         x: Tensor,
         rows: List[Segment],
         cols: List[Segment],
@@ -205,11 +206,13 @@ def add_attention(
         norm: Callable[[Tensor], Tensor],
         qkv: Callable[[Tensor], Tensor],
         proj: Callable[[Tensor], Tensor],
+        mlp: Callable[[Tensor], Tensor],
         length: int,
 ) -> Tensor:
-    """Add attention to tokens for inference, for about `length` of them at a time, or for all at once if it is 0.
+    """Add attention to tokens, then an MLP of the sum, for inference.
 
-    In parts, two results are as large as the map, not five; at 2048 px each has 100 MB in the first stage.
+    In parts, two results are as large as the map, not five, and a part is still in the cache when the MLP gets it; at
+    2048 px the map has 100 MB in the first stage.
 
     Args:
         x: Tokens [B, H, W, C].
@@ -218,10 +221,11 @@ def add_attention(
         table: Position biases; see `attend_runs`.
         num_heads: Heads.
         fused: Use `scaled_dot_product_attention`.
-        norm: Applied to tokens first.
+        norm: Applied to tokens before attention.
         qkv: Turns them into queries, keys and values.
-        proj: Applied last.
-        length: Tokens at a time.
+        proj: Applied after attention.
+        mlp: MLP, its norm included.
+        length: About how many tokens to take at a time; 0 for all of them.
     """
     tokens = to_groups(x, rows, cols)
     if tokens.data_ptr() == x.data_ptr():
@@ -229,9 +233,13 @@ def add_attention(
     runs = list_runs(x.shape[0], rows, cols)
     if length == 0:
         tokens += proj(attend_runs(qkv(norm(tokens)), runs, table, num_heads, 0., fused))
+        tokens += mlp(tokens)
     else:
-        for part, run, bias in chunks(runs, table, num_heads, length):
-            tokens[part] += proj(attend_run(qkv(norm(tokens[part])), run, table, bias, num_heads, 0., fused))
+        for place, run, bias in chunks(runs, table, num_heads, length):
+            part = tokens[place]
+            part += proj(attend_run(qkv(norm(part)), run, table, bias, num_heads, 0., fused))
+            for few in part.split(length):  # one group may have more tokens
+                few += mlp(few)
     return from_groups(tokens, list(x.shape), rows, cols)
 
 

@@ -6,12 +6,11 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .attention import GroupAttention, add_attention
+from .attention import GroupAttention, add_attention_and_mlp
 from .cooling import AmplitudeCooling
 from .cpu import (
     Mlp,
     add_branch,
-    add_in_chunks,
     chunk_length,
     in_inference_graph,
     is_made_of,
@@ -66,8 +65,7 @@ class CrossFormerBlock(nn.Module):
         )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.hidden_features = int(dim * mlp_ratio)
-        self.mlp = Mlp(dim, self.hidden_features, act_layer=act_layer, drop=proj_drop, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.cooling = AmplitudeCooling(dim, norm_layer, **dd) if cooling else nn.Identity()
 
@@ -79,23 +77,17 @@ class CrossFormerBlock(nn.Module):
         elif self._is_one_operator(x):
             x = self._in_graph(x)
         else:
-            x = self._add_mlp(self._add_attention(x))
+            x = self._add_branches(x)
         return self.cooling(x)
 
     @torch.jit.unused
-    def _add_attention(self, x: Tensor) -> Tensor:
-        length = chunk_length(x, 3 * x.shape[-1], [self.norm1, self.attn, self.drop_path1])  # queries, keys and values
-        if length == 0 or not is_plain(self.attn, GroupAttention):
-            return add_branch(x, self.norm1, self.attn, self.drop_path1)
-        return self.attn.add_in_chunks(x, self.norm1, length)
-
-    @torch.jit.unused
-    def _add_mlp(self, x: Tensor) -> Tensor:
-        length = chunk_length(x, self.hidden_features, [self.norm2, self.mlp, self.drop_path2])
-        if length == 0:
-            return add_branch(x, self.norm2, self.mlp, self.drop_path2)
-        # In place: nobody else has seen this sum.
-        return add_in_chunks(x.contiguous(), lambda tokens: self.mlp(self.norm2(tokens)), length)
+    def _add_branches(self, x: Tensor) -> Tensor:
+        parts = [self.norm1, self.attn, self.drop_path1, self.norm2, self.mlp, self.drop_path2]
+        length = chunk_length(x, parts)
+        if length > 0 and is_plain(self.attn, GroupAttention):
+            return self.attn.add_with_mlp(x, self.norm1, lambda tokens: self.mlp(self.norm2(tokens)), length)
+        x = add_branch(x, self.norm1, self.attn, self.drop_path1)
+        return add_branch(x, self.norm2, self.mlp, self.drop_path2)
 
     @torch.jit.unused
     def _is_one_operator(self, x: Tensor) -> bool:
@@ -166,7 +158,7 @@ def _block(
     C = x.shape[3:]
     rows, cols = map_segments(x.shape[1], x.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
     table = remembered_table(bias_mlp, longest(rows), longest(cols), group_size if legacy_lookup else None)
-    x = add_attention(
+    return add_attention_and_mlp(
         x,
         rows,
         cols,
@@ -176,10 +168,6 @@ def _block(
         norm=lambda tokens: F.layer_norm(tokens, C, *norm1, eps[0]),
         qkv=lambda tokens: product(tokens, *qkv),
         proj=lambda tokens: product(tokens, *proj),
-        length=tokens_per_chunk(x, len(weights[1])),
-    )
-    return add_in_chunks(
-        x,
-        lambda tokens: product(product(F.layer_norm(tokens, C, *norm2, eps[1]), *fc1, True), *fc2),
-        tokens_per_chunk(x, len(weights[4])),
+        mlp=lambda tokens: product(product(F.layer_norm(tokens, C, *norm2, eps[1]), *fc1, True), *fc2),
+        length=tokens_per_chunk(x),
     )

@@ -3,7 +3,7 @@
 Whatever is not a plain layer, or is being observed by hooks or a tracer, is called as it is. The operators of oneDNN
 take part while `torch.backends.mkldnn.enabled` is true.
 """
-from typing import Any, Callable, List, Optional, Sequence, Tuple, Type, cast
+from typing import Any, List, Optional, Sequence, Tuple, Type, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,10 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 # Below this many multiply-adds the overhead of oneDNN outweighs its speed.
 _LEAST_WORK = 1 << 23
 
-# Numbers that a wide intermediate result holds at a time in inference on a CPU, 4 MiB in fp32: whole maps would go to
-# main memory and back, and above 32 MiB glibc maps fresh pages for every result, at the cost of a fault each.
-_CHUNK = 1 << 20
+# Numbers of a map that pass through a block at a time in inference on a CPU, 2 MiB in fp32, four times as much within
+# the block: whole maps would go to main memory and back at every step, and above 32 MiB glibc maps fresh pages for
+# every result, at the cost of a fault each.
+_CHUNK = 1 << 19
 
 # With fewer channels than a vector register holds, oneDNN computes the gradients of wide kernels number by number.
 _FEW_CHANNELS = 16
@@ -207,32 +208,23 @@ class Mlp(TimmMlp):
 
 
 @torch.jit.ignore
-def chunk_length(x: Tensor, width: int, modules: List[nn.Module]) -> int:
-    """Return how many of the tokens x [..., C] to pass through modules at once, where they make `width` numbers of one.
+def chunk_length(x: Tensor, modules: List[nn.Module]) -> int:
+    """Return how many of the tokens x [..., C] to pass through modules at once.
 
     Inference on a CPU takes a few at a time if there are many. 0 stands for all of them: elsewhere, and where somebody
     observes what a module does with a map.
     """
     if torch.is_grad_enabled() or not _is_eager(x):
         return 0
-    length = tokens_per_chunk(x, width)
+    length = tokens_per_chunk(x)
     if length and any(part.training or _is_observed(part) for module in modules for part in module.modules()):
         return 0
     return length
 
 
-def tokens_per_chunk(x: Tensor, width: int) -> int:
+def tokens_per_chunk(x: Tensor) -> int:
     """Return how many of the tokens x [..., C] make a chunk; 0 for all of them."""
-    length = max(1, _CHUNK // width)
-    return length if x.numel() > 2 * length * x.shape[-1] else 0  # two chunks are not worth their overhead
-
-
-def add_in_chunks(x: Tensor, branch: Callable[[Tensor], Tensor], length: int) -> Tensor:
-    """Add branch(x) to contiguous tokens x [..., C] in place, for `length` of them at a time, or 0 for all at once."""
-    tokens = x.view(-1, x.shape[-1])
-    for part in tokens.split(length or max(1, len(tokens))):
-        part += branch(part)
-    return x
+    return max(1, _CHUNK // x.shape[-1]) if x.numel() > 2 * _CHUNK else 0  # two chunks are not worth their overhead
 
 
 @torch.jit.ignore
