@@ -61,4 +61,4 @@ def draw_pyramids(
         for axis in axes[row]:
             axis.set_axis_off()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches='tight')
