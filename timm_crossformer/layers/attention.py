@@ -1,8 +1,7 @@
 """Multi-head attention inside groups, with dynamic position bias: SDA and LDA alike."""
 import contextlib
 import contextvars
-from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from .cpu import linear
 from .grouping import (
     Layout,
     Run,
-    Segment,
     divide,
     from_groups,
     group_index,
@@ -134,16 +132,6 @@ class GroupAttention(nn.Module):
         return from_groups(tokens, [B, H, W, C], rows, cols)
 
     @torch.jit.unused
-    def add_with_mlp(self, x: Tensor, norm: nn.Module, mlp: Callable[[Tensor], Tensor], length: int) -> Tensor:
-        """Return y + mlp(y), where y = x + self(norm(x)), for inference; see `add_attention_and_mlp`."""
-        rows, cols = map_segments(
-            x.shape[1], x.shape[2], self.group_size, self.interval, self.grouping, self.fit_groups)
-        table = self.pos_bias(longest(rows), longest(cols))
-        qkv, proj = partial(linear, self.qkv), partial(linear, self.proj)
-        return add_attention_and_mlp(
-            x, rows, cols, table, self.num_heads, self.fused_attn, norm, qkv, proj, mlp, length)
-
-    @torch.jit.unused
     def _attend_indexed(self, qkv: Tensor, dropout: float) -> Tensor:
         """Attend with one gather of tokens, a mask on members that do not exist, and one gather back.
 
@@ -194,53 +182,6 @@ _shared_indices: contextvars.ContextVar[Optional[Dict[Any, Any]]] = contextvars.
 # fresh pages every time. Only `map` groups of large images have more: 4,096 tokens and 24 heads, at 2048 px, 1.6 GB.
 _BIAS_PAIRS = 1 << 22
 _KEPT_PAIRS = 1 << 18  # of biases that are kept for as long as their table is, 1 MiB in fp32
-
-
-def add_attention_and_mlp(
-        x: Tensor,
-        rows: List[Segment],
-        cols: List[Segment],
-        table: Tensor,
-        num_heads: int,
-        fused: bool,
-        norm: Callable[[Tensor], Tensor],
-        qkv: Callable[[Tensor], Tensor],
-        proj: Callable[[Tensor], Tensor],
-        mlp: Callable[[Tensor], Tensor],
-        length: int,
-) -> Tensor:
-    """Add attention to tokens, then an MLP of the sum, for inference.
-
-    In parts, two results are as large as the map, not five, and a part is still in the cache when the MLP gets it; at
-    2048 px the map has 100 MB in the first stage.
-
-    Args:
-        x: Tokens [B, H, W, C].
-        rows: Segments of the H axis.
-        cols: Segments of the W axis.
-        table: Position biases; see `attend_runs`.
-        num_heads: Heads.
-        fused: Use `scaled_dot_product_attention`.
-        norm: Applied to tokens before attention.
-        qkv: Turns them into queries, keys and values.
-        proj: Applied after attention.
-        mlp: MLP, its norm included.
-        length: About how many tokens to take at a time; 0 for all of them.
-    """
-    tokens = to_groups(x, rows, cols)
-    if tokens.data_ptr() == x.data_ptr():
-        tokens = tokens.clone()
-    runs = list_runs(x.shape[0], rows, cols)
-    if length == 0:
-        tokens += proj(attend_runs(qkv(norm(tokens)), runs, table, num_heads, 0., fused))
-        tokens += mlp(tokens)
-    else:
-        for place, run, bias in chunks(runs, table, num_heads, length):
-            part = tokens[place]
-            part += proj(attend_run(qkv(norm(part)), run, table, bias, num_heads, 0., fused))
-            for few in part.split(length):  # one group may have more tokens
-                few += mlp(few)
-    return from_groups(tokens, list(x.shape), rows, cols)
 
 
 def chunks(

@@ -1,4 +1,5 @@
 """The transformer block: attention inside groups and an MLP, each with a residual."""
+from functools import partial
 from typing import Callable, List, Optional, Type
 
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .attention import GroupAttention, add_attention_and_mlp
+from .attention import GroupAttention, attend_run, attend_runs, chunks
 from .cooling import AmplitudeCooling
 from .cpu import (
     Mlp,
@@ -15,10 +16,11 @@ from .cpu import (
     in_inference_graph,
     is_made_of,
     is_plain,
+    linear,
     product,
     tokens_per_chunk,
 )
-from .grouping import longest, map_segments
+from .grouping import Segment, from_groups, list_runs, longest, map_segments, to_groups
 from .operator import operator
 from .position_bias import DynamicPosBias, remembered_table
 
@@ -85,9 +87,27 @@ class CrossFormerBlock(nn.Module):
         parts = [self.norm1, self.attn, self.drop_path1, self.norm2, self.mlp, self.drop_path2]
         length = chunk_length(x, parts)
         if length > 0 and is_plain(self.attn, GroupAttention):
-            return self.attn.add_with_mlp(x, self.norm1, lambda tokens: self.mlp(self.norm2(tokens)), length)
+            return self._add_in_chunks(x, length)
         x = add_branch(x, self.norm1, self.attn, self.drop_path1)
         return add_branch(x, self.norm2, self.mlp, self.drop_path2)
+
+    @torch.jit.unused
+    def _add_in_chunks(self, x: Tensor, length: int) -> Tensor:
+        attn, (H, W) = self.attn, x.shape[1:3]
+        rows, cols = map_segments(H, W, attn.group_size, attn.interval, attn.grouping, attn.fit_groups)
+        return _add_by_groups(
+            x,
+            rows,
+            cols,
+            attn.pos_bias(longest(rows), longest(cols)),
+            attn.num_heads,
+            attn.fused_attn,
+            norm=self.norm1,
+            qkv=partial(linear, attn.qkv),
+            proj=partial(linear, attn.proj),
+            mlp=lambda tokens: self.mlp(self.norm2(tokens)),
+            length=length,
+        )
 
     @torch.jit.unused
     def _is_one_operator(self, x: Tensor) -> bool:
@@ -111,6 +131,53 @@ class CrossFormerBlock(nn.Module):
             [self.norm1.eps, self.norm2.eps],
             *self.attn.config(),
         )
+
+
+def _add_by_groups(
+        x: Tensor,
+        rows: List[Segment],
+        cols: List[Segment],
+        table: Tensor,
+        num_heads: int,
+        fused: bool,
+        norm: Callable[[Tensor], Tensor],
+        qkv: Callable[[Tensor], Tensor],
+        proj: Callable[[Tensor], Tensor],
+        mlp: Callable[[Tensor], Tensor],
+        length: int,
+) -> Tensor:
+    """Add attention to tokens, then an MLP of the sum, for inference.
+
+    In parts, two results are as large as the map, not five, and a part is still in the cache when the MLP gets it; at
+    2048 px the map has 100 MB in the first stage.
+
+    Args:
+        x: Tokens [B, H, W, C].
+        rows: Segments of the H axis.
+        cols: Segments of the W axis.
+        table: Position biases; see `attend_runs`.
+        num_heads: Heads.
+        fused: Use `scaled_dot_product_attention`.
+        norm: Applied to tokens before attention.
+        qkv: Turns them into queries, keys and values.
+        proj: Applied after attention.
+        mlp: MLP, its norm included.
+        length: About how many tokens to take at a time; 0 for all of them.
+    """
+    tokens = to_groups(x, rows, cols)
+    if tokens.data_ptr() == x.data_ptr():
+        tokens = tokens.clone()
+    runs = list_runs(x.shape[0], rows, cols)
+    if length == 0:
+        tokens += proj(attend_runs(qkv(norm(tokens)), runs, table, num_heads, 0., fused))
+        tokens += mlp(tokens)
+    else:
+        for place, run, bias in chunks(runs, table, num_heads, length):
+            part = tokens[place]
+            part += proj(attend_run(qkv(norm(part)), run, table, bias, num_heads, 0., fused))
+            for few in part.split(length):  # one group may have more tokens
+                few += mlp(few)
+    return from_groups(tokens, list(x.shape), rows, cols)
 
 
 @torch.compiler.assume_constant_result  # as torch.compile has it for hooks; to look at all that takes many guards
@@ -158,7 +225,7 @@ def _block(
     C = x.shape[3:]
     rows, cols = map_segments(x.shape[1], x.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
     table = remembered_table(bias_mlp, longest(rows), longest(cols), group_size if legacy_lookup else None)
-    return add_attention_and_mlp(
+    return _add_by_groups(
         x,
         rows,
         cols,
