@@ -100,13 +100,21 @@ def test_gradients_are_the_same(shape, bias, calls):
     torch.testing.assert_close(torch.autograd.grad(linear(layer, x).sin().sum(), wanted), expected)
     expected = torch.autograd.grad(layer(x).sum(), wanted)  # an expanded gradient
     torch.testing.assert_close(torch.autograd.grad(linear(layer, x).sum(), wanted), expected)
-    assert len(calls) == (4 if x.numel() else 0)  # forward and backward
+    assert len(calls) == (6 if x.numel() else 0)  # forward, and two products backward
+
+
+@pytest.mark.parametrize('tokens', [3, 6, 7, 40])
+@pytest.mark.parametrize('inputs, outputs', [(6, 7), (7, 6), (6, 6)])
+def test_gradients_of_weights_are_the_same_for_every_order_of_sizes(inputs, outputs, tokens):
+    layer, x = nn.Linear(inputs, outputs), torch.randn(tokens, inputs)
+    expected = torch.autograd.grad(layer(x).sin().sum(), layer.weight)
+    torch.testing.assert_close(torch.autograd.grad(linear(layer, x).sin().sum(), layer.weight), expected)
 
 
 def test_only_wanted_gradients_are_computed(calls):
     layer, x = nn.Linear(6, 7), torch.randn(3, 6)
     linear(layer, x).sum().backward()
-    assert len(calls) == 1 and layer.weight.grad is not None
+    assert len(calls) == 2 and layer.weight.grad is not None
     layer.requires_grad_(False)
     assert not linear(layer, x).requires_grad
     x.requires_grad_()
@@ -239,11 +247,14 @@ def test_flops_are_counted():
 
 
 @pytest.mark.parametrize('grouping', GROUPINGS)
-@pytest.mark.parametrize('chunk', [1, 1000, 20000])
-def test_chunks_give_the_same(chunk, grouping, monkeypatch):
+@pytest.mark.parametrize('many', [1, 512], ids=['tiles', 'whole groups'])
+@pytest.mark.parametrize('chunk', [1, 1000, 20000, 1 << 19])
+def test_chunks_and_tiles_give_the_same(chunk, many, grouping, monkeypatch):
     model, x = small(lda_grouping=grouping), noise(2, 3, 75, 90)  # runs of several lengths, in all stages but the last
     expected = model(x)  # with gradients: as a whole
     monkeypatch.setattr(module, '_CHUNK', chunk)
+    monkeypatch.setattr(attention, '_MANY_TOKENS', many)
+    monkeypatch.setattr(attention, '_TILE_PAIRS', 50)
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -252,11 +263,74 @@ def test_chunks_give_the_same(chunk, grouping, monkeypatch):
 def test_a_bias_built_in_pieces_gives_the_same(most):
     groups, gh, gw, heads = 3, 4, 5, 2
     qkv, table = torch.randn(groups * gh * gw, 3 * heads * 8), torch.randn(heads, 2 * gh - 1, 2 * gw - 1)
-    bias = attention.run_bias(table, heads, gh, gw)
+    bias = attention.run_bias(qkv, table, heads, gh, gw)
     whole = attention.attend_run(qkv, (groups, gh, gw), table, bias, heads, 0., True)
-    assert attention.run_bias(table, heads, gh, gw, most) is None
+    assert attention.run_bias(qkv, table, heads, gh, gw, most) is None
     pieces = attention.attend_run(qkv, (groups, gh, gw), table, None, heads, 0., True, most)
     torch.testing.assert_close(pieces, whole)
+
+
+@pytest.fixture
+def tiled(monkeypatch):
+    """Let every group be attended to in tiles, and count the calls."""
+    seen = []
+    attend = attention._attend_in_tiles
+    monkeypatch.setattr(attention, '_MANY_TOKENS', 1)
+    monkeypatch.setattr(attention, '_attend_in_tiles', lambda *args: seen.append(args) or attend(*args))
+    return seen
+
+
+@pytest.mark.parametrize('pairs', [1, 150, 1 << 19])
+@pytest.mark.parametrize('biases', [1, 2], ids=['one bias for all heads', 'a bias per head'])
+@pytest.mark.parametrize('gh, gw', [(4, 5), (1, 7), (9, 1), (2, 2)])
+def test_tiles_are_attention_with_the_true_bias_of_every_pair(gh, gw, biases, pairs, tiled, monkeypatch):
+    groups, heads, dim = 3, 2, 8
+    N = gh * gw
+    qkv, table = torch.randn(groups * N, 3 * heads * dim), torch.randn(biases, 2 * gh + 1, 2 * gw + 3)  # of larger ones
+    monkeypatch.setattr(attention, '_TILE_PAIRS', pairs)
+    with torch.inference_mode():
+        assert attention.run_bias(qkv, table, heads, gh, gw) is None
+        actual = attention.attend_run(qkv, (groups, gh, gw), table, None, heads, 0., True)
+    assert len(tiled) == 1
+    q, k, v = qkv.double().view(groups, N, 3, heads, dim).unbind(2)
+    expected = torch.empty(groups, N, heads, dim, dtype=torch.float64)
+    for head in range(heads):
+        bias = torch.tensor([[
+            table[head % biases, gh + i // gw - j // gw, gw + 1 + i % gw - j % gw].item() for j in range(N)]
+            for i in range(N)], dtype=torch.float64)
+        for group in range(groups):
+            scores = q[group, :, head] @ k[group, :, head].t() * dim ** -0.5 + bias
+            expected[group, :, head] = scores.softmax(-1) @ v[group, :, head]
+    torch.testing.assert_close(actual.double(), expected.view(groups * N, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore:There is a performance drop')  # under vmap
+def test_tiles_are_for_inference_in_fp32_alone(tiled):
+    model, x = small(), noise(1, 3, 75, 90)
+    expected = model(x)  # with gradients
+    with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+        model(x)
+    with torch.no_grad():
+        model.double()(x.double())
+        small().bfloat16()(x.bfloat16())
+        qkv, table = torch.randn(4, 2 * 6, 3 * 4), torch.randn(2, 3, 5)
+        torch.func.vmap(lambda qkv: attention.attend_runs(qkv, [(2, 2, 3)], table, 2, 0., True))(qkv)
+        small(attn_drop_rate=0.5).train()(x)
+    assert not tiled
+    with torch.no_grad():
+        torch.testing.assert_close(small()(x), expected, rtol=1e-5, atol=1e-5)
+    assert tiled
+
+
+def test_tiles_count_as_operations(tiled):
+    counts = []
+    for grad in (True, False):
+        qkv, table = torch.randn(2 * 6, 3 * 4), torch.randn(2, 3, 5)
+        with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+            attention.attend_runs(qkv, [(2, 2, 3)], table, 2, 0., False)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * 2 * 2 * 2 * 6 * 6 * 2
+    assert len(tiled) == 1
 
 
 def test_a_block_works_on_chunks_but_not_under_observation(monkeypatch):

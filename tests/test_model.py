@@ -271,3 +271,21 @@ def test_explicit_and_fused_attention_agree():
         set_fused_attn(True)
     assert not model.stages[0].blocks[0].attn.fused_attn
     torch.testing.assert_close(model(x), fused, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
+def test_function_transforms_pass_through():
+    model, x, label = small(), noise(3, 3, 50, 64), torch.tensor([1, 2, 3])
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(model)(x[:, None]).squeeze(1), model(x), rtol=1e-5, atol=1e-5)
+
+    def loss(params, x, label):
+        logits = torch.func.functional_call(model, params, (x[None],))
+        return torch.nn.functional.cross_entropy(logits, label[None])
+
+    per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, x, label)
+    for i in range(3):
+        expected = torch.autograd.grad(loss(params, x[i], label[i]), list(params.values()))
+        for name, grad in zip(params, expected, strict=True):
+            torch.testing.assert_close(per_image[name][i], grad, rtol=1e-3, atol=1e-4)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from .cpu import linear
+from .cpu import is_plain_fp32, linear, product
 from .grouping import (
     Layout,
     Run,
@@ -22,7 +22,7 @@ from .grouping import (
     to_groups,
 )
 from .operator import operator
-from .position_bias import DynamicPosBias, expand_bias, known_biases, remembered_table
+from .position_bias import DynamicPosBias, bias_windows, expand_bias, known_biases, remembered_table
 
 
 @register_notrace_module  # grouping depends on the size of the map
@@ -181,20 +181,25 @@ _shared_indices: contextvars.ContextVar[Optional[Dict[Any, Any]]] = contextvars.
 # Pairs of tokens, heads included, whose position biases are built at once: 16 MiB in fp32, as above 32 MiB glibc maps
 # fresh pages every time. Only `map` groups of large images have more: 4,096 tokens and 24 heads, at 2048 px, 1.6 GB.
 _BIAS_PAIRS = 1 << 22
+# Groups of at least so many tokens are attended to in tiles on a CPU, of so many pairs: 2 MiB in fp32.
+_MANY_TOKENS = 512
+_TILE_PAIRS = 1 << 19
 _KEPT_PAIRS = 1 << 18  # of biases that are kept for as long as their table is, 1 MiB in fp32
 
 
 def chunks(
+        tokens: Tensor,
         runs: List[Run],
         table: Tensor,
         num_heads: int,
         length: int,
 ) -> Iterator[Tuple[slice, Run, Optional[Tensor]]]:
-    """Cut runs into shorter ones of about `length` tokens; yield where their tokens are, the run and its bias."""
+    """Cut runs of tokens [..., C] into shorter ones of about `length`; yield their place, the run and its bias."""
     start = 0
     for groups, gh, gw in runs:
-        bias = run_bias(table, num_heads, gh, gw)
-        step = max(1 if bias is not None else 8, length // (gh * gw))  # to build a large bias takes long
+        bias = run_bias(tokens, table, num_heads, gh, gw)
+        in_pieces = bias is None and not _suits_tiles(tokens, gh * gw)
+        step = max(8 if in_pieces else 1, length // (gh * gw))  # to build a large bias takes long
         for first in range(0, groups, step):
             run = (min(step, groups - first), gh, gw)
             end = start + run[0] * gh * gw
@@ -228,19 +233,26 @@ def attend_runs(
     for groups, gh, gw in runs:
         end = start + groups * gh * gw
         part = qkv if len(runs) == 1 else qkv[start:end]
-        bias = run_bias(table, num_heads, gh, gw)
+        bias = run_bias(qkv, table, num_heads, gh, gw)
         done.append(attend_run(part, (groups, gh, gw), table, bias, num_heads, dropout, fused))
         start = end
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
-def run_bias(table: Tensor, num_heads: int, gh: int, gw: int, most: int = _BIAS_PAIRS) -> Optional[Tensor]:
-    """Build the position bias of groups of gh x gw tokens; None if it is too large to be built at once."""
+def run_bias(
+        x: Tensor,
+        table: Tensor,
+        num_heads: int,
+        gh: int,
+        gw: int,
+        most: int = _BIAS_PAIRS,
+) -> Optional[Tensor]:
+    """Build the position bias of groups of gh x gw of the tokens x; None if it is not to be built at once."""
     if num_heads * (gh * gw) ** 2 > most:
         return None
     if torch.jit.is_scripting():
         return expand_bias(table, gh, gw, 0, gh)
-    return _kept_bias(table, gh, gw)
+    return None if _suits_tiles(x, gh * gw) else _kept_bias(table, gh, gw)
 
 
 @torch.jit.unused
@@ -265,11 +277,13 @@ def attend_run(
         fused: bool,
         most: int = _BIAS_PAIRS,
 ) -> Tensor:
-    """Attend within groups of one length; see `attend_runs`. A missing bias is built from the table in pieces."""
+    """Attend within groups of one length; see `attend_runs`. A missing bias is taken from the table in pieces."""
     groups, gh, gw = run
     q, k, v = _split_heads(qkv.view(groups, gh * gw, qkv.shape[1]), num_heads)
     if bias is not None:
         return _attend(q, k, v, bias.to(qkv.dtype), dropout, fused, None).flatten(0, 1)
+    if not torch.jit.is_scripting() and dropout == 0. and _suits_tiles(qkv, gh * gw):
+        return _attend_in_tiles(q, k, v, table, gh, gw)
     rows = max(1, most // (num_heads * gw * gh * gw))  # of queries at a time
     k, v = k.flip([2]), v.flip([2])  # their order is free, and biases in this order are built faster
     # One result from the start: small ones, left between biases, would keep the heap from reusing the place of a bias.
@@ -332,7 +346,7 @@ _FEW_TOKENS = 64
 @torch.jit.unused
 def _suits_products(q: Tensor, bias: Tensor) -> bool:
     return (
-        q.device.type == 'cpu' and q.dtype == torch.float32 and not bias.requires_grad
+        is_plain_fp32(q) and not bias.requires_grad
         and bias.shape[2] <= _FEW_TOKENS and torch.get_num_threads() > 1)
 
 
@@ -343,6 +357,40 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     attn.baddbmm_(q, k.transpose(1, 2), alpha=head_dim ** -0.5)  # out of place it would copy the biases first
     return torch.bmm(attn.softmax(dim=-1), v).unflatten(0, [batch, heads])
+
+
+@torch.jit.unused
+def _suits_tiles(x: Tensor, tokens: int) -> bool:
+    return tokens >= _MANY_TOKENS and not torch.is_grad_enabled() and is_plain_fp32(x)
+
+
+@torch.jit.unused
+def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor, table: Tensor, gh: int, gw: int) -> Tensor:
+    """Attend within large groups of gh x gw tokens without gradients: a few rows of queries of one head at a time.
+
+    All pairs of a tile stay in the cache, and their biases are added as a view of the table. With 32 channels per head
+    PyTorch's fused CPU kernel is bound by products that oneDNN computes in half of the time.
+
+    Returns:
+        Tokens [nG * N, C].
+    """
+    groups, heads, N, head_dim = q.shape
+    done = q.new_empty([groups, N, heads, head_dim])
+    # Keys in the order of the windows. oneDNN is slow with rows that lie apart.
+    q, k, v = (q * head_dim ** -0.5).contiguous(), k.flip([2]).contiguous(), v.flip([2]).contiguous()
+    biases = bias_windows(table.expand(heads, -1, -1), gh, gw, 0, gh)
+    tiles = min(gh, -(-N * N // _TILE_PAIRS))
+    rows = -(-gh // tiles)
+    weights = q.new_empty([rows * gw, N])  # one place for all tiles: glibc would map fresh pages for every other one
+    for group in range(groups):
+        for head in range(heads):
+            for first in range(0, gh, rows):
+                tile = slice(first * gw, min(first + rows, gh) * gw)
+                scores = product(q[group, head, tile], k[group, head], None)
+                scores.view(-1, gw, gh, gw).add_(biases[head, first:first + rows])
+                attn = torch.softmax(scores, dim=-1, out=weights[:len(scores)])
+                done[group, tile, head] = product(attn, v[group, head].t(), None)
+    return done.view(groups * N, heads * head_dim)
 
 
 @operator('attend', lambda qkv, *_: qkv.new_empty([*qkv.shape[:3], qkv.shape[3] // 3]))

@@ -172,7 +172,7 @@ def _add_by_groups(
         tokens += proj(attend_runs(qkv(norm(tokens)), runs, table, num_heads, 0., fused))
         tokens += mlp(tokens)
     else:
-        for place, run, bias in chunks(runs, table, num_heads, length):
+        for place, run, bias in chunks(tokens, runs, table, num_heads, length):
             part = tokens[place]
             part += proj(attend_run(qkv(norm(part)), run, table, bias, num_heads, 0., fused))
             for few in part.split(length):  # one group may have more tokens

@@ -138,7 +138,8 @@ def prepare_map(x: Tensor, stride: int) -> Tensor:
 
     Large kernels run several times faster on the CPU that way, and blocks want the channels of a token side by side.
     """
-    return pad_to_multiple(x, stride).contiguous(memory_format=torch.channels_last)
+    # Not by a memory format, of which `torch.func.vmap` knows nothing.
+    return pad_to_multiple(x, stride).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def join_maps(maps: List[Tensor]) -> Tensor:

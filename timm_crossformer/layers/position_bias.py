@@ -57,7 +57,8 @@ class DynamicPosBias(nn.Module):
 
     def _table(self, height: int, width: int) -> Tensor:
         weight = self._weight()
-        return self.mlp(_offsets(height, width, self.legacy_size, weight.device).to(weight.dtype)).permute(2, 0, 1)
+        table = self.mlp(_offsets(height, width, self.legacy_size, weight.device).to(weight.dtype))
+        return table.permute(2, 0, 1).contiguous()  # it is read along rows, many times
 
     def _weight(self) -> Tensor:
         """Return a parameter that tells device and dtype; quantisation leaves norms alone."""
@@ -111,7 +112,7 @@ def bias_table(mlp: List[Tensor], height: int, width: int, legacy_size: Optional
         for i in range(2, len(mlp), 4):
             x = F.relu(F.layer_norm(x, mlp[i].shape, mlp[i], mlp[i + 1]))
             x = F.linear(x, mlp[i + 2], mlp[i + 3])
-    return x.permute(2, 0, 1)
+    return x.permute(2, 0, 1).contiguous()
 
 
 def _offsets(height: int, width: int, legacy_size: Optional[Tuple[int, int]], device: torch.device) -> Tensor:
@@ -187,6 +188,25 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
+def bias_windows(table: Tensor, height: int, width: int, first_row: int, last_row: int) -> Tensor:
+    """View a table of offsets as biases of pairs of tokens, keys from the last to the first.
+
+    Args:
+        table: Biases [heads, 2 * TH - 1, 2 * TW - 1] for groups of at least height x width tokens.
+        height: Rows of the group.
+        width: Columns of the group.
+        first_row: First row of queries wanted.
+        last_row: Row after the last row of queries wanted.
+
+    Returns:
+        View [heads, query rows, query columns, key rows, key columns], the keys of both axes in reverse order.
+    """
+    top, left = (table.shape[1] + 1) // 2 - height, (table.shape[2] + 1) // 2 - width
+    # Row r of queries meets key row k at table row r - k + height - 1: a window over the table, read backwards.
+    table = table[:, top + first_row:top + last_row + height - 1, left:left + 2 * width - 1]
+    return table.unfold(1, height, 1).unfold(2, width, 1)
+
+
 def expand_bias(
         table: Tensor,
         height: int,
@@ -198,21 +218,13 @@ def expand_bias(
     """Spread a table of offsets over pairs of tokens.
 
     Args:
-        table: Biases [heads, 2 * TH - 1, 2 * TW - 1] for groups of at least height x width tokens.
-        height: Rows of the group.
-        width: Columns of the group.
-        first_row: First row of queries wanted.
-        last_row: Row after the last row of queries wanted.
+        (first ones): See `bias_windows`.
         reverse_keys: Keys from the last to the first, which takes a third of the time.
 
     Returns:
         Biases [heads, queries, height * width] of queries in rows first_row..last_row - 1 to all keys of the group.
     """
-    heads = table.shape[0]
-    top, left = (table.shape[1] + 1) // 2 - height, (table.shape[2] + 1) // 2 - width
-    # Row r of queries meets key row k at table row r - k + height - 1: a window over the table, read backwards.
-    table = table[:, top + first_row:top + last_row + height - 1, left:left + 2 * width - 1]
-    windows = table.unfold(1, height, 1).unfold(2, width, 1)  # heads, query rows, query cols, key rows, key cols
+    windows = bias_windows(table, height, width, first_row, last_row)
     if not reverse_keys:
         windows = windows.flip(3, 4)
-    return windows.reshape(heads, (last_row - first_row) * width, height * width)
+    return windows.reshape(table.shape[0], (last_row - first_row) * width, height * width)
