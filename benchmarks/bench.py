@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -293,10 +294,16 @@ def timed(run: Callable[[], Any], device: str) -> Tuple[float, Any]:
 
 
 def prepare_gemm(case: Case) -> Tuple[Callable[[], Any], float]:
-    """Return a large square matrix product in the dtype of a case, and its multiply-adds."""
+    """Return a large square matrix product in the dtype of a case, and its multiply-adds.
+
+    In fp32 on a CPU PyTorch has two, by its BLAS and by oneDNN; which one is faster depends on the processor.
+    """
     side = GEMM_SIDE[case.device]
     a, b = torch.randn(2, side, side, device=case.device, dtype=DTYPES[case.dtype])
-    return functools.partial(torch.mm, a, b), side ** 3
+    products: List[Callable[[], Any]] = [functools.partial(torch.mm, a, b)]
+    if a.dtype == torch.float32 and case.device == 'cpu' and torch.backends.mkldnn.is_available():
+        products.append(functools.partial(torch.ops.mkldnn._linear_pointwise, a, b, None, 'none', [], ''))
+    return min(products, key=lambda product: min(timed(product, case.device)[0] for _ in range(3))), side ** 3
 
 
 def check_outputs(cases: Sequence[Case], outputs: Sequence[Any]) -> None:
@@ -322,17 +329,19 @@ def _leaves(output: Any) -> List[Tensor]:
     return list(output.values()) if isinstance(output, dict) else list(output)
 
 
-def measure_memory(case: Case) -> Row:
-    """Measure peak memory in a process of its own: the most the run needs beyond weights and input."""
+def measure_memory(cases: Sequence[Case]) -> List[float]:
+    """Measure peak memory in MiB, one case after the other in a process of their own."""
     done = subprocess.run(
-        [sys.executable, __file__, 'memory-of', json.dumps(asdict(case))], stdout=subprocess.PIPE, text=True)
+        [sys.executable, __file__, 'memory-of', json.dumps([asdict(case) for case in cases])],
+        stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise WrongResult(f'{case.contestant} at {case.size} px: the process ended with code {done.returncode}.')
-    return {**asdict(case), 'peak_mib': float(done.stdout), **machine(case.device)}
+        names = ', '.join(f'{case.contestant} at {case.size} px' for case in cases)
+        raise WrongResult(f'{names}: the process ended with code {done.returncode}.')
+    return json.loads(done.stdout)
 
 
 def memory_of(case: Case) -> float:
-    """Run a case once and return its peak in MiB. Only sensible in a fresh process."""
+    """Run a case once and return the most memory it needs beyond weights and input, in MiB. For a fresh process."""
     torch.set_num_threads(case.threads)
     with torch.inference_mode():  # loads kernels and libraries
         timm.create_model('test_crossformer').eval()(torch.zeros(1, 3, 64, 64))
@@ -377,8 +386,12 @@ def machine(device: str) -> Row:
         hardware = torch.cuda.get_device_name()
     else:
         cpu = Path('/proc/cpuinfo')
-        _, _, name = (cpu.read_text() if cpu.exists() else '').partition('model name')
+        text = cpu.read_text() if cpu.exists() else ''
+        _, _, name = text.partition('model name')
         name = name.partition('\n')[0].strip('\t :') or platform.processor() or platform.machine()
+        numbers = [re.search(rf'{what}\s*: (\d+)', text) for what in ('cpu family', 'model')]
+        if all(numbers):  # the name of a virtual processor may be that of several generations
+            name += f' (family {numbers[0][1]}, model {numbers[1][1]})'
         hardware = f'{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}'
     return {'hardware': hardware, 'torch': torch.__version__.partition('+')[0], 'timm': timm.__version__}
 
@@ -431,6 +444,10 @@ class Results:
     def _rows(self, what: str) -> List[Row]:
         paths = sorted(self.folder.glob(f'{what}-{self.where["dtype"]}-*-{self.where["device"]}.csv'))
         return [row for path in paths for row in read_rows(path)]
+
+    def machines(self, what: str) -> List[str]:
+        """List the hardware of the rows, that of the last run first."""
+        return list(dict.fromkeys(row['hardware'] for row in reversed(self._rows(what))))
 
     def select(self, what: str, **where: Any) -> List[Row]:
         """Return the last row of each case that has these values, in the order of the file."""
@@ -528,10 +545,13 @@ def text_table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
 
 def rows_table(rows: Sequence[Row]) -> str:
     """Show rows on a terminal."""
-    head = ['case', 'median ms', 'min ms', 'images/s', 'ms/MP', 'GMACs', 'GFLOP/s', 'share of GEMM', 'peak MiB']
+    head = ['case', 'median ms', 'min ms', 'images/s', 'ms/MP', 'GMACs', 'GFLOP/s', 'share of GEMM', 'peak MiB',
+            'MiB/MP']
     body = []
     for row in rows:
-        line = [describe(row), *[''] * 7, row.get('peak_mib', '')]
+        line = [describe(row), *[''] * 9]
+        if row.get('peak_mib'):
+            line[8:] = [row['peak_mib'], f'{float(row["peak_mib"]) / megapixels(row):.0f}']
         if row.get('median_ms'):
             median = float(row['median_ms'])
             line[1:8] = [
@@ -745,10 +765,14 @@ def run_part(what: str, args: argparse.Namespace) -> List[Row]:
                 new = []
                 for case in cases:
                     bar.set_postfix_str(f'{case.contestant} {case.size}')
-                    new.append(measure_memory(case))
+                    peak, = measure_memory([case])
+                    new.append({**asdict(case), 'peak_mib': peak, **machine(case.device)})
                     bar.update()
             else:
                 new = measure(cases, args.seconds, args.rounds, bar.set_postfix_str)
+                if what == 'sizes':
+                    for row, peak in zip(new, measure_memory(cases), strict=True):
+                        row['peak_mib'] = peak
                 bar.update(len(cases))
             write_rows(args.results, what, new)
             rows += new
@@ -781,7 +805,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the CSV files')
     parts = parser.add_subparsers(dest='what', required=True, metavar='PART')
     texts = {
-        'infer': 'forward pass', 'train': 'forward, backward and optimizer step', 'sizes': 'image sizes in turn',
+        'infer': 'forward pass', 'train': 'forward, backward and optimizer step',
+        'sizes': 'image sizes in turn: time and peak memory',
         'memory': 'peak memory, one process per case', 'bias': 'with and without the cache of position biases',
         'compile': 'eager against torch.compile', 'all': 'all parts',
     }
@@ -802,7 +827,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         part.add_argument('--tolerance', type=float, default=.1, help='slow-down that --compare accepts')
     parts.add_parser('variants', help='count parameters and multiply-adds of every variant')
     parts.add_parser('targets', help='the targets and what the CSV files say')
-    parts.add_parser('memory-of').add_argument('case', type=json.loads)
+    parts.add_parser('memory-of').add_argument('cases', type=json.loads)
     return parser.parse_args(argv)
 
 
@@ -810,7 +835,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command and return its exit code."""
     args = parse(argv)
     if args.what == 'memory-of':
-        print(memory_of(Case(**args.case)))
+        print(json.dumps([memory_of(Case(**case)) for case in args.cases]))
         return 0
     if args.what == 'targets':
         print(text_table(*targets_table(args.results)))

@@ -22,6 +22,7 @@ from bench import (
     PEERS,
     RESULTS,
     SIZES,
+    SMALL_TRAINED,
     SWIN,
     VIT_PYTORCH,
     Results,
@@ -143,25 +144,23 @@ def speed(results: Path) -> str:
 
 @table
 def ratios(results: Path) -> str:
-    """How much faster our models are than the peers: the same network, and per multiply-add."""
-    rows = Results(results)
-    where = {'task': 'logits', 'size': '224'}
+    """How much faster our models are than the peers of the same network, on each processor that was at hand."""
+    cases = [
+        ('infer', ours, ours, peer, batch, f'inference, batch {batch}')
+        for ours, peer in (('crossformer_small', BIRDER), ('crossformer_lucidrains', VIT_PYTORCH)) for batch in (1, 8)
+    ] + [('train', 'crossformer_small', SMALL_TRAINED, BIRDER, 8, 'training step, batch 8')]
+    everything = Results(results)
+    threads = by_threads(everything.select('infer', task='logits', size='224'))
     body = []
-    threads = by_threads(rows.select('infer', **where))
-    for ours, peer in (('crossformer_small', BIRDER), ('crossformer_lucidrains', VIT_PYTORCH)):
-        for batch in (1, 8):
-            cells = [rows.ratio('infer', {**where, 'contestant': peer, 'batch': batch, 'threads': n},
-                                {**where, 'contestant': ours, 'batch': batch, 'threads': n}) for n in threads]
-            body.append([ours, short(peer), f'inference, batch {batch}', *_times(cells)])
-    step = {'task': 'train', 'batch': 8}
-    trained = {row['contestant'] for row in rows.select('train')}
-    for ours in sorted(name for name in trained if name.startswith('crossformer_')):
-        peer = VIT_PYTORCH if ours.startswith('crossformer_lucidrains') else BIRDER
-        cells = [rows.ratio('train', {**step, 'contestant': peer, 'threads': n},
-                            {**step, 'contestant': ours, 'threads': n}) for n in threads]
-        body.append([ours.split()[0], short(peer), 'training step, batch 8', *_times(cells)])
-    body = [line for line in body if any(line[3:])]
-    head = ['the same network', 'against', 'at 224 px', *(f'faster, {threads_words(n)}' for n in threads)]
+    for machine in dict.fromkeys([*everything.machines('infer'), *everything.machines('train')]):
+        rows = Results(results, hardware=machine)
+        for what, name, ours, peer, batch, words in cases:
+            case = {'task': 'train' if what == 'train' else 'logits', 'size': '224', 'batch': batch}
+            cells = [rows.ratio(what, {**case, 'contestant': peer, 'threads': n},
+                                {**case, 'contestant': ours, 'threads': n}) for n in threads]
+            if any(cells):
+                body.append([name, short(peer), words, *_times(cells), machine])
+    head = ['the same network', 'against', 'at 224 px', *(f'faster, {threads_words(n)}' for n in threads), 'on']
     return markdown(head, body, 'python benchmarks/bench.py infer')
 
 
@@ -207,6 +206,24 @@ def sizes(results: Path, fit: str = '') -> str:
         if any(line[1:]):
             body.append(line)
     head = [f'ms per megapixel, batch 1, fp32, {threads_words(threads)} ({hardware(measured)})', *columns]
+    return markdown(head, body, 'python benchmarks/bench.py sizes')
+
+
+@table
+def size_memory(results: Path) -> str:
+    """Peak memory per megapixel by image size."""
+    rows = Results(results)
+    measured = [row for row in rows.select('sizes') if row['peak_mib']]
+    threads = max(by_threads(measured), default=1)
+    measured = [row for row in measured if int(row['threads']) == threads]
+    columns = [size for size in SIZES if any(row['size'] == size for row in measured)]
+    body = []
+    for name in [*size_contestants(False), SWIN]:
+        cells = {row['size']: f'{float(row["peak_mib"]) / megapixels(row):.0f}' for row in measured
+                 if row['contestant'] == name}
+        if cells:
+            body.append([_with_grouping(name), *(cells.get(size, '') for size in columns)])
+    head = [f'peak MiB per megapixel, batch 1, fp32, {threads_words(threads)} ({hardware(measured)})', *columns]
     return markdown(head, body, 'python benchmarks/bench.py sizes')
 
 

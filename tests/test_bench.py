@@ -1,5 +1,6 @@
 """benchmarks/bench.py: what it measures, counts, checks and writes."""
 import csv
+import itertools
 import shutil
 import sys
 from dataclasses import replace
@@ -294,6 +295,26 @@ def test_a_command_prints_writes_and_compares(tmp_path, capsys, small_gemm):
 
 
 @pytest.mark.slow
+def test_sizes_have_time_and_peak_memory(tmp_path, small_gemm, capsys):
+    command = ['--results', str(tmp_path), 'sizes', '--models', 'test_crossformer', '--sizes', '224', '448',
+               '--threads', '1', '--seconds', '0', '--rounds', '1']
+    assert bench.main(command) == 0
+    small, large = Results(tmp_path).select('sizes')
+    assert 1 < float(small['peak_mib']) < float(large['peak_mib']) < 500
+    assert float(small['median_ms']) < float(large['median_ms'])
+    assert f'{float(large["peak_mib"]) / bench.megapixels(large):.0f}' in capsys.readouterr().out.split()
+
+
+def test_the_matrix_rate_is_that_of_the_fastest_product(monkeypatch):
+    seconds = itertools.chain([2., 2., 2., 1., 3., 3.], itertools.repeat(1.))
+    monkeypatch.setattr(bench, 'timed', lambda run, device: (next(seconds), None))
+    gemm, macs = bench.prepare_gemm(TINY)
+    assert gemm.func is torch.ops.mkldnn._linear_pointwise and macs == bench.GEMM_SIDE['cpu'] ** 3
+    gemm, _ = bench.prepare_gemm(replace(TINY, dtype='bf16'))
+    assert gemm.func is torch.mm
+
+
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
     command = ['--results', str(tmp_path), 'memory', '--models', 'test_crossformer', '--sizes', '224', '448',
                '--threads', '1']
@@ -306,4 +327,4 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
 def test_a_process_that_fails_is_an_error(monkeypatch):
     monkeypatch.setattr(bench.sys, 'executable', shutil.which('false'))
     with pytest.raises(WrongResult, match='ended with code'):
-        bench.measure_memory(TINY)
+        bench.measure_memory([TINY])

@@ -58,6 +58,7 @@ def test_tables_without_results_name_the_command(tmp_path, name):
     ('ratios', '| crossformer_lucidrains | vit-pytorch CrossFormer | inference, batch 8 |'),
     ('per_mac', '| crossformer_small |'),
     ('sizes', '| crossformer_small region |'),
+    ('size_memory', '| crossformer_small region | 1000 |'),
     ('memory', '| crossformer_small map | 262 | 1075 | 1049 | 4194 |'),
     ('bias', '| crossformer_tiny | 1 |'),
     ('compiled', '| crossformer_small | 224 | 1 | 2 |'),
@@ -70,6 +71,16 @@ def test_tables_hold_the_results(made_up, name, holds):
     assert holds in text
     lines = text.splitlines()
     assert len({line.count('|') for line in lines}) == 1
+
+
+def test_each_processor_has_its_ratios(tmp_path):
+    for hardware, seconds in (('an abacus', '3'), ('a slide rule', '2')):
+        rows = [{**vars(bench.Case(name)), 'task': 'logits', 'size': '224', 'batch': 8, 'hardware': hardware,
+                 'times_ms': times, 'torch': '9.9', 'gmacs': 1, 'gemm_share': 1}
+                for name, times in (('crossformer_small', '1'), (bench.BIRDER, seconds))]
+        bench.write_rows(tmp_path, 'infer', rows)
+    body = readme.ratios(tmp_path).splitlines()[2:]
+    assert [line.split(' | ')[3:] for line in body] == [['2.00×', 'a slide rule |'], ['3.00×', 'an abacus |']]
 
 
 def test_fit_groups_have_a_table_of_their_own(made_up):
