@@ -173,16 +173,16 @@ def test_a_folded_convolution_gives_the_same(kernel):
     wanted = [x, *layer.parameters()]
     expected, gradients = layer(x), torch.autograd.grad(layer(x).sin().sum(), wanted)
     handle = layer.register_forward_hook(lambda *_: shapes.append(1))
-    torch.testing.assert_close(module.strided_conv(layer, x), expected)
+    torch.testing.assert_close(module.strided_conv(layer, x, 4), expected)
     assert shapes == [1]  # observed: called as it is
     handle.remove()
-    out = module.strided_conv(layer, x)
+    out = module.strided_conv(layer, x, 4)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(torch.autograd.grad(out.sin().sum(), wanted), gradients)
     weight = out.grad_fn.next_functions[1][0].name()
     assert weight in ('PixelUnshuffleBackward0', 'CloneBackward0')  # the latter from a change of memory format
     with torch.no_grad():
-        assert torch.equal(module.strided_conv(layer, x), layer(x))
+        assert torch.equal(module.strided_conv(layer, x, 4), layer(x))
 
 
 @pytest.mark.parametrize('act', [nn.GELU(), nn.GELU('tanh'), nn.SiLU()], ids=['gelu', 'tanh', 'silu'])
@@ -208,11 +208,11 @@ def test_a_convolution_with_many_weights_gives_the_same(kernel, size, calls):
     layer = nn.Conv2d(8, 48, kernel, stride=2, padding=(kernel - 2) // 2)
     x = torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        out = module.strided_conv(layer, x)
+        out = module.strided_conv(layer, x, 2)
         torch.testing.assert_close(out, layer(x))
         assert len(calls) == (layer.weight.numel() >= 10 * x.numel()) and out.stride() == layer(x).stride()
         with torch.backends.mkldnn.flags(enabled=False):
-            plain = module.strided_conv(layer, x)
+            plain = module.strided_conv(layer, x, 2)
         torch.testing.assert_close(plain, out)
         assert plain.is_contiguous(memory_format=torch.channels_last)
 
@@ -572,3 +572,65 @@ def test_operators_keep_their_word(bias):
     for norm in ((None, None), (torch.rand(4), torch.rand(4) if bias else None)):
         args = torch.randn(2, 4, 7, 6), *weights, *norm, 1e-5, True, 2
         torch.library.opcheck(embedding._embed, args, test_utils=checks)
+
+
+class _Mixing(nn.Module):
+    """An MLP that looks at the whole map."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        return self.mlp(x) + x.mean((1, 2), keepdim=True)
+
+
+@pytest.mark.parametrize('change', [
+    lambda block: setattr(block, 'drop_path1', _Halved()),
+    lambda block: setattr(block, 'drop_path2', _Halved()),
+    lambda block: setattr(block.attn, 'proj_drop', _Halved()),
+    lambda block: setattr(block, 'mlp', _Mixing(block.mlp)),
+    lambda block: setattr(block, 'norm1', _Mixing(block.norm1)),
+    lambda block: setattr(block.mlp, 'act', _Mixing(block.mlp.act)),
+], ids=['drop_path1', 'drop_path2', 'proj_drop', 'mlp', 'norm1', 'act'])
+def test_chunks_are_for_modules_that_treat_every_token_by_itself(change, monkeypatch):
+    model, x = small(), noise(2, 3, 75, 90)
+    for stage in model.stages:
+        for block in stage.blocks:
+            change(block)
+    model.eval()
+    expected = model(x)  # with gradients: as a whole
+    monkeypatch.setattr(module, '_CHUNK', 1000)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class _Halved(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.parametrize('change', [
+    dict(padding_mode='circular'), dict(padding_mode='reflect'), dict(dilation=2), dict(groups=2), dict(padding=0),
+    dict(stride=4), dict(kernel_size=(8, 2)),
+], ids=str)
+@pytest.mark.parametrize('channels', [2, 32])
+def test_convolutions_of_another_kind_are_called_as_they_are(channels, change):
+    conv = nn.Conv2d(**{**dict(
+        in_channels=channels, out_channels=4, kernel_size=8, stride=2, padding=3), **change})
+    x = noise(2, channels, 24, 40)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(module.strided_conv(conv, x, 2), conv(x), rtol=1e-5, atol=1e-5)
+    model = small()
+    assert embedding._is_known(model.stem)
+    model.stem.convs[1] = conv
+    assert not embedding._is_known(model.stem)
+
+
+def test_an_empty_batch_is_no_error():
+    for train in (True, False):
+        model = small().train(train)
+        assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 10)
+        with torch.no_grad():
+            assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 10)

@@ -159,14 +159,18 @@ def test_gradients_are_those_of_finite_differences():
     (dict(embed_dim=(32, 64)), '`embed_dim` needs one entry per stage'),
     (dict(mlp_ratio=(4, 4)), '`mlp_ratio` needs one entry per stage'),
     (dict(num_heads=5), 'got 5 heads for 32 channels in stage 0'),
-    (dict(num_heads=0), 'got 0 heads'),
+    (dict(num_heads=0), '`num_heads` needs whole numbers from 1 up, got 0'),
+    (dict(num_heads=2.5), '`num_heads` needs whole numbers from 1 up, got 2.5'),
+    (dict(embed_dim=32.), '`embed_dim` needs whole numbers from 16 up, got 32.0'),
+    (dict(mlp_ratio='4'), "`mlp_ratio` needs to be above 0, got '4'"),
+    (dict(global_pool='foo'), "`global_pool` is one of 'avg', 'max', "),
     (dict(depths=()), 'at least one block per stage, got ()'),
     (dict(depths=2), 'needs a sequence with at least one block per stage, got 2'),
     (dict(head_dim=0), '`head_dim` needs at least 1 channel, got 0'),
     (dict(drop_path_rate=1.), '`drop_path_rate` needs to be at least 0 and below 1, got 1.0'),
     (dict(interval=1.5), '`interval` needs whole numbers from 1 up, got 1.5'),
     (dict(depths=(1, 0, 1, 1)), 'at least one block per stage'),
-    (dict(embed_dim=8, num_heads=1), 'at least 16 channels per stage, got 8 in stage 0'),
+    (dict(embed_dim=8, num_heads=1), '`embed_dim` needs whole numbers from 16 up, got 8'),
     (dict(group_size=0), '`group_size` needs whole numbers from 1 up, got 0'),
     (dict(group_size=(7, 7, 7)), '`group_size` needs one entry per stage'),
     (dict(group_size=(7, 7, [7, 7, 7], 7)), 'got [7, 7, 7] for stage 2 with 4 blocks'),
@@ -289,3 +293,20 @@ def test_function_transforms_pass_through():
         expected = torch.autograd.grad(loss(params, x[i], label[i]), list(params.values()))
         for name, grad in zip(params, expected, strict=True):
             torch.testing.assert_close(per_image[name][i], grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore:.torch.jit.trace')
+def test_tracing_needs_no_special_mode():
+    model, x = small(), noise(2, 3, 64, 64)
+    traced = torch.jit.trace(model, x)  # checks itself by tracing again, without gradients
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('img_size', ['bad', 1.5, (32, 32, 32), 0], ids=str)
+def test_a_refused_input_size_changes_nothing(img_size):
+    model = small()
+    before = model.group_size, model.stages[0].blocks[0].attn.group_size
+    with pytest.raises(ValueError, match='`img_size`'):
+        model.set_input_size(img_size, group_size=3)
+    assert (model.group_size, model.stages[0].blocks[0].attn.group_size) == before

@@ -55,7 +55,7 @@ def test_bands_of_rows_and_smaller_groups_are_parts_of_the_whole():
 @pytest.mark.parametrize('legacy', [None, (4, 4)], ids=['paper', 'lucidrains'])
 def test_table_from_parameters_alone(legacy):
     module = make(legacy=legacy)
-    torch.testing.assert_close(bias_table(list(module.parameters()), 4, 3, legacy), module(4, 3))
+    torch.testing.assert_close(bias_table(list(module.parameters()), module.eps(), 4, 3, legacy), module(4, 3))
 
 
 def edit_in_place(m):
@@ -286,3 +286,16 @@ def test_cache_follows_changes_on_cuda():
     assert module(3, 3) is table
     module.mlp[0].weight.mul_(2)
     assert not torch.equal(module(3, 3), table)
+
+
+def test_the_eps_of_a_norm_counts():
+    module = make()
+    with torch.no_grad():
+        before = module(4, 5)
+        for norm in (module.mlp[1], module.mlp[4], module.mlp[7]):
+            norm.eps = 1.
+        after = module(4, 5)
+        parameters = list(module.mlp.parameters())
+        torch.testing.assert_close(bias_table(parameters, module.eps(), 4, 5, None), after)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(module(4, 5), after)  # with gradients: computed anew

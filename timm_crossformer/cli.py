@@ -276,6 +276,8 @@ def _reader(model: Any, whole: bool = False) -> Any:
                 return transform(image.convert('L' if channels == 1 else 'RGB'))
         except UnidentifiedImageError:
             raise ValueError(f'{path} is no image. Pass a JPEG, PNG or any other format Pillow reads.') from None
+        except OSError as e:  # not there, a folder, truncated
+            raise ValueError(f'{path} cannot be read: {e.strerror or e}. Pass intact image files.') from None
 
     return read, *(torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
 

@@ -454,7 +454,7 @@ def _refusal(path: Path, error: Exception) -> str:
         return (
             f'{path} was refused: a checkpoint may hold tensors and plain data only, and this one asks to import '
             f'{_listed(foreign)}. Nothing in it was run. Get a safetensors file, or one with the state dict alone.')
-    return f'{path} is no intact checkpoint, reading it ended in {type(error).__name__}. Fetch it again.'
+    return f'{path} is no intact checkpoint: PyTorch cannot read it. Fetch it again.'
 
 
 def _open_container(checkpoint: Mapping[str, Any], container: Optional[str]) -> Tuple[Mapping[str, Any], str]:

@@ -12,7 +12,6 @@ from timm.layers import (
     get_act_layer,
     get_device_dtype,
     get_norm_layer,
-    to_2tuple,
     trunc_normal_,
 )
 from timm.models import FeatureListNet
@@ -182,25 +181,26 @@ class CrossFormer(nn.Module):
             embed_dim = [embed_dim * 2 ** i for i in range(stages)]
         dims: List[int] = per_stage('embed_dim', embed_dim, stages)
         heads = per_stage('num_heads', num_heads, stages)
+        check_whole('embed_dim', dims, 16)
+        check_whole('num_heads', heads, 1)
         for i, (dim, head) in enumerate(zip(dims, heads, strict=True)):
-            if head < 1 or (head_dim is None and dim % head):
+            if head_dim is None and dim % head:
                 raise ValueError(
                     f'`num_heads` must divide the channels of each stage, got {head} heads for {dim} channels in '
                     f'stage {i}. Change `num_heads` or `embed_dim`, or set `head_dim`.')
             if head_dim is not None and head_dim < 1:
                 raise ValueError(f'`head_dim` needs at least 1 channel, got {head_dim}. Leave it out for dim / heads.')
-            if dim < 16:
-                raise ValueError(f'`embed_dim` needs at least 16 channels per stage, got {dim} in stage {i}.')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'`drop_path_rate` needs to be at least 0 and below 1, got {drop_path_rate}.')
         if pos_bias not in ('paper', 'lucidrains'):
             raise ValueError(f"`pos_bias` is 'paper' or 'lucidrains', got {pos_bias!r}.")
         mlp_ratios = per_stage('mlp_ratio', mlp_ratio, stages)
-        if not min(mlp_ratios) > 0:
-            raise ValueError(f'`mlp_ratio` needs to be above 0, got {mlp_ratio}.')
+        if not all(isinstance(ratio, (int, float)) and ratio > 0 for ratio in mlp_ratios):
+            raise ValueError(f'`mlp_ratio` needs to be above 0, got {mlp_ratio!r}.')
         check_whole('in_chans', [in_chans], 1)
         check_whole('num_classes', [num_classes], 0)
-        check_whole('img_size', [] if img_size is None else to_2tuple(img_size), 1)
+        _check_img_size(img_size)
+        _check_pool(global_pool)
         norm = cast(Callable[..., nn.Module], _named_layer('norm_layer', norm_layer, get_norm_layer))
         act = cast(Type[nn.Module], _named_layer('act_layer', act_layer, get_act_layer))
 
@@ -306,7 +306,11 @@ class CrossFormer(nn.Module):
         Args:
             img_size: Image size the model is meant for, a hint to others.
             (others): As in the constructor.
+
+        Raises:
+            ValueError: An argument is out of range; then nothing has changed.
         """
+        _check_img_size(img_size)
         self._set_groups(
             self.group_size if group_size is None else group_size,
             self.lda_group_size if lda_group_size is None else lda_group_size,
@@ -376,6 +380,8 @@ class CrossFormer(nn.Module):
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the classifier; 0 classes remove it, global_pool '' leaves the map."""
+        check_whole('num_classes', [num_classes], 0)
+        _check_pool(global_pool)
         self.num_classes = num_classes
         dd = get_device_dtype(self)
         self.head.in_features = self.num_features  # smaller after pruning
@@ -470,6 +476,21 @@ class CrossFormerFeatures(FeatureListNet):
         if name == 'return_layers':
             value = {layer.replace('.', '_'): index for layer, index in value.items()}
         super().__setattr__(name, value)
+
+
+_POOLS = ('avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax', '')
+
+
+def _check_pool(global_pool: Any) -> None:
+    if (global_pool or '') not in _POOLS:
+        raise ValueError(f'`global_pool` is one of {", ".join(map(repr, _POOLS))}, got {global_pool!r}.')
+
+
+def _check_img_size(img_size: Any) -> None:
+    pair = img_size if isinstance(img_size, (list, tuple)) else (img_size, img_size)
+    if img_size is not None and len(pair) != 2:
+        raise ValueError(f'`img_size` is a number or a pair (height, width), got {img_size!r}.')
+    check_whole('img_size', [] if img_size is None else pair, 1)
 
 
 def _named_layer(argument: str, layer: Any, get_layer: Callable[[Any], Any]) -> Any:

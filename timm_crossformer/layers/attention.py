@@ -104,10 +104,11 @@ class GroupAttention(nn.Module):
         return self.proj_drop(x)
 
     @torch.jit.unused
-    def config(self) -> Tuple[List[Tensor], int, List[int], int, str, bool, bool, bool]:
+    def config(self) -> Tuple[List[Tensor], List[float], int, List[int], int, str, bool, bool, bool]:
         """Return what operators of compiled graphs need to know of this module."""
         return (
             list(self.pos_bias.mlp.parameters()),
+            self.pos_bias.eps(),
             self.num_heads,
             list(self.group_size),
             self.interval,
@@ -324,10 +325,11 @@ def _attend(
     Returns:
         Tokens [B * nG, Q, C].
     """
-    on_cpu = bias.device.type == 'cpu'
+    # On a CPU there is no fused kernel for a bias with gradients, only a slow detour. Tracers trace again without.
+    detour = bias.device.type == 'cpu' and bias.requires_grad and (torch.jit.is_scripting() or not _is_tracing())
     if not torch.jit.is_scripting() and fused and dropout == 0. and _suits_products(q, bias):
         x = _attend_by_products(q, k, v, bias)
-    elif fused and not (on_cpu and bias.requires_grad):  # no fused kernel there, only a slow detour
+    elif fused and not detour:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout)
     else:
         attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
@@ -336,6 +338,11 @@ def _attend(
             attn = attn.unflatten(0, [-1, real.shape[0]]).masked_fill(~real[:, None, None, :], -3e4).flatten(0, 1)
         x = F.dropout(attn.softmax(dim=-1), dropout, dropout > 0.) @ v
     return x.transpose(1, 2).flatten(2)
+
+
+@torch.jit.unused
+def _is_tracing() -> bool:
+    return torch.jit.is_tracing()
 
 
 # In groups of up to so many tokens PyTorch's fused CPU kernel gains so little from further threads that plain products
@@ -397,6 +404,7 @@ def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor, table: Tensor, gh: int, gw
 def _attend_opaque(
         qkv: Tensor,
         bias_mlp: List[Tensor],
+        bias_eps: List[float],
         num_heads: int,
         group_size: List[int],
         interval: int,
@@ -410,11 +418,13 @@ def _attend_opaque(
     Args:
         qkv: Queries, keys and values [B, H, W, 3 * C].
         bias_mlp: Parameters of the position bias.
+        bias_eps: Of its norms.
         (others): See `GroupAttention`.
     """
     rows, cols = map_segments(
         qkv.shape[1], qkv.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
-    table = remembered_table(bias_mlp, longest(rows), longest(cols), group_size if legacy_lookup else None)
+    table = remembered_table(
+        bias_mlp, bias_eps, longest(rows), longest(cols), group_size if legacy_lookup else None)
     tokens = to_groups(qkv, rows, cols)
     tokens = attend_runs(tokens, list_runs(qkv.shape[0], rows, cols), table, num_heads, 0., fused)
     return from_groups(tokens, [*qkv.shape[:3], tokens.shape[1]], rows, cols)

@@ -4,7 +4,7 @@ from typing import Callable, List, Optional, Type
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import GELU, DropPath, LayerNorm, RmsNorm
 from torch import Tensor, nn
 
 from .attention import GroupAttention, attend_run, attend_runs, chunks
@@ -23,6 +23,12 @@ from .cpu import (
 from .grouping import Segment, from_groups, list_runs, longest, map_segments, to_groups
 from .operator import operator
 from .position_bias import DynamicPosBias, remembered_table
+
+# What treats every token of a map by itself, and in evaluation alike.
+_TOKENWISE = (
+    nn.LayerNorm, nn.RMSNorm, LayerNorm, RmsNorm, Mlp, nn.Linear, nn.GELU, nn.ReLU, nn.SiLU, GELU, nn.Identity,
+    nn.Dropout, DropPath,
+)
 
 
 class CrossFormerBlock(nn.Module):
@@ -86,10 +92,20 @@ class CrossFormerBlock(nn.Module):
     def _add_branches(self, x: Tensor) -> Tensor:
         parts = [self.norm1, self.attn, self.drop_path1, self.norm2, self.mlp, self.drop_path2]
         length = chunk_length(x, parts)
-        if length > 0 and is_plain(self.attn, GroupAttention):
+        if length > 0 and self._is_tokenwise():
             return self._add_in_chunks(x, length)
         x = add_branch(x, self.norm1, self.attn, self.drop_path1)
         return add_branch(x, self.norm2, self.mlp, self.drop_path2)
+
+    @torch.jit.unused
+    def _is_tokenwise(self) -> bool:
+        """Return whether chunks, which see part of a map or are left out in evaluation, make no difference."""
+        attn = self.attn
+        return is_plain(attn, GroupAttention) and all(
+            type(part) in _TOKENWISE and is_plain(part, type(part))
+            for module in (
+                self.norm1, attn.attn_drop, attn.proj_drop, self.drop_path1, self.norm2, self.mlp, self.drop_path2)
+            for part in module.modules())
 
     @torch.jit.unused
     def _add_in_chunks(self, x: Tensor, length: int) -> Tensor:
@@ -204,6 +220,7 @@ def _block(
         biases: List[Optional[Tensor]],
         eps: List[float],
         bias_mlp: List[Tensor],
+        bias_eps: List[float],
         num_heads: int,
         group_size: List[int],
         interval: int,
@@ -224,7 +241,8 @@ def _block(
     norm1, qkv, proj, norm2, fc1, fc2 = zip(weights, biases, strict=True)
     C = x.shape[3:]
     rows, cols = map_segments(x.shape[1], x.shape[2], (group_size[0], group_size[1]), interval, grouping, fit_groups)
-    table = remembered_table(bias_mlp, longest(rows), longest(cols), group_size if legacy_lookup else None)
+    table = remembered_table(
+        bias_mlp, bias_eps, longest(rows), longest(cols), group_size if legacy_lookup else None)
     return _add_by_groups(
         x,
         rows,

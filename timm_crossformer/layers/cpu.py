@@ -172,24 +172,36 @@ if torch.ops.aten.baddbmm_ not in flop_registry:  # attention's; PyTorch counts 
     flop_registry[torch.ops.aten.baddbmm_] = flop_registry[torch.ops.aten.baddbmm]
 
 
+def is_plain_conv(layer: nn.Module, stride: int) -> bool:
+    """Return whether a convolution is what `CrossScaleEmbed` makes: zeros around, nothing but a stride."""
+    if not is_plain(layer, nn.Conv2d):
+        return False
+    conv = cast(nn.Conv2d, layer)
+    pad = (conv.kernel_size[0] - stride) // 2
+    return (
+        conv.stride == (stride, stride) and conv.padding == (pad, pad) and conv.padding_mode == 'zeros'
+        and conv.kernel_size[0] == conv.kernel_size[1] and conv.dilation == (1, 1) and conv.groups == 1)
+
+
 @torch.jit.ignore
-def strided_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution to x [B, C, H, W], whose sides its stride divides.
+def strided_conv(layer: nn.Conv2d, x: Tensor, stride: int) -> Tensor:
+    """Apply a convolution to x [B, C, H, W], whose sides the stride divides.
 
     On a CPU two kinds are computed as other products, the same sums in another order. One of few channels whose
     gradients are wanted, the stem's, becomes a dense one of blocks of stride x stride pixels: gradients take a quarter
     of the time in a batch of 8 images, and a fortieth in one of 1 or 2. One with far more weights than input, as on
     the last map of one image, becomes a linear layer of patches: oneDNN would bring all weights into another order.
     """
-    if not is_plain(layer, nn.Conv2d):
+    if not is_plain_conv(layer, stride):
         return layer(x)
-    stride, pad = layer.stride[0], cast(Tuple[int, int], layer.padding)[0]
+    pad = (layer.kernel_size[0] - stride) // 2
     if not torch.is_grad_enabled():
         if not _is_ours(layer, nn.Conv2d, x):
             return layer(x)
         return convolve(x, layer.weight, layer.bias, stride, pad)
-    plain = _is_eager(x) and not _is_transformed()
-    if not plain or layer.in_channels >= _FEW_CHANNELS or layer.kernel_size[0] % stride != 0:
+    if not _is_eager(x) or _is_transformed() or len(x) == 0:
+        return layer(x)
+    if layer.in_channels >= _FEW_CHANNELS or layer.kernel_size[0] % stride != 0:
         return layer(x)
     nhwc = torch.channels_last
     x, weight = (F.pixel_unshuffle(t, stride) for t in (F.pad(x, [pad] * 4), layer.weight))

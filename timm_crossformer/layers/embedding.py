@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-from .cpu import convolve, in_inference_graph, is_made_of, strided_conv
+from .cpu import convolve, in_inference_graph, is_made_of, is_plain_conv, strided_conv
 from .operator import operator
 
 
@@ -62,7 +62,7 @@ class CrossScaleEmbed(nn.Module):
         if torch.jit.is_scripting():
             maps = [conv(x) for conv in self.convs]
         else:
-            maps = [strided_conv(conv, x) for conv in self.convs]
+            maps = [strided_conv(conv, x, self.stride) for conv in self.convs]
         x = join_maps(maps)
         if not self.norm_first:
             x = self.norm(x)
@@ -87,7 +87,7 @@ def _is_known(embed: CrossScaleEmbed) -> bool:
     """Return whether nothing but weights tells an embedding from others of its shape."""
     return (
         all(is_made_of(part, (nn.Conv2d, nn.LayerNorm, nn.Identity)) for part in (*embed.convs, embed.norm))
-        and all(type(conv) is nn.Conv2d for conv in embed.convs)
+        and all(is_plain_conv(conv, embed.stride) for conv in embed.convs)
         and (type(embed.norm) is nn.Identity or embed.norm.weight is not None)
     )
 

@@ -1,5 +1,5 @@
 """Dynamic position bias, DPB (paper, section 3.3): attention bias from relative offsets through a small MLP."""
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,11 @@ class DynamicPosBias(nn.Module):
         return params if len(params) == _PARAMETERS else None
 
     @torch.jit.unused
+    def eps(self) -> List[float]:
+        """Return the eps of the norms of a plain MLP."""
+        return [cast(nn.LayerNorm, self.mlp[i]).eps for i in (1, 4, 7)]
+
+    @torch.jit.unused
     def _eager_table(self, height: int, width: int) -> Tensor:
         """Look the table up in the cache, or compute it where a cache would be seen or could not be trusted."""
         if self.training or torch.jit.is_tracing() or torch.compiler.is_compiling():
@@ -81,7 +86,8 @@ class DynamicPosBias(nn.Module):
         params = self.plain_parameters()
         if params is None or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
             return self._exact_table(height, width)
-        return remember(params, (height, width, self.legacy_size), lambda: self._exact_table(height, width))
+        key = (height, width, self.legacy_size, *self.eps())
+        return remember(params, key, lambda: self._exact_table(height, width))
 
     @torch.jit.unused
     def _exact_table(self, height: int, width: int) -> Tensor:
@@ -95,22 +101,29 @@ class DynamicPosBias(nn.Module):
 
 def remembered_table(
         mlp: List[Tensor],
+        eps: List[float],
         height: int,
         width: int,
         legacy_size: Optional[Sequence[int]],
 ) -> Tensor:
-    """Look up the table of a `DynamicPosBias` by the parameters of its MLP, or compute it."""
+    """Look up the table of a `DynamicPosBias` by the parameters of its MLP and the eps of its norms, or compute it."""
     size = None if legacy_size is None else (legacy_size[0], legacy_size[1])
-    return remember(mlp, (height, width, size), lambda: bias_table(mlp, height, width, size))
+    return remember(mlp, (height, width, size, *eps), lambda: bias_table(mlp, eps, height, width, size))
 
 
-def bias_table(mlp: List[Tensor], height: int, width: int, legacy_size: Optional[Tuple[int, int]]) -> Tensor:
-    """Compute the table of a `DynamicPosBias` from the parameters of its MLP alone."""
+def bias_table(
+        mlp: List[Tensor],
+        eps: List[float],
+        height: int,
+        width: int,
+        legacy_size: Optional[Tuple[int, int]],
+) -> Tensor:
+    """Compute the table of a `DynamicPosBias` from the parameters of its MLP and the eps of its norms alone."""
     x = _offsets(height, width, legacy_size, mlp[0].device).to(mlp[0].dtype)
     with torch.autocast(x.device.type, enabled=False):
         x = F.linear(x, mlp[0], mlp[1])
-        for i in range(2, len(mlp), 4):
-            x = F.relu(F.layer_norm(x, mlp[i].shape, mlp[i], mlp[i + 1]))
+        for i, norm_eps in zip(range(2, len(mlp), 4), eps, strict=True):
+            x = F.relu(F.layer_norm(x, mlp[i].shape, mlp[i], mlp[i + 1], norm_eps))
             x = F.linear(x, mlp[i + 2], mlp[i + 3])
     return x.permute(2, 0, 1).contiguous()
 
