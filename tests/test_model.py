@@ -295,7 +295,7 @@ def test_function_transforms_pass_through():
             torch.testing.assert_close(per_image[name][i], grad, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.filterwarnings('ignore:.torch.jit.trace')
+@pytest.mark.filterwarnings('ignore:.torch.jit.trace', 'ignore::torch.jit.TracerWarning')
 def test_tracing_needs_no_special_mode():
     model, x = small(), noise(2, 3, 64, 64)
     traced = torch.jit.trace(model, x)  # checks itself by tracing again, without gradients
