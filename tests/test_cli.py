@@ -155,6 +155,18 @@ def test_images_that_are_none_are_refused(capsys, converted, tmp_path):
     assert code == cli.REFUSED and 'is no image' in err
 
 
+@pytest.mark.parametrize('kind', ['missing', 'folder', 'truncated'])
+def test_images_that_cannot_be_read_are_named(kind, capsys, converted, tmp_path):
+    path = tmp_path / 'x.jpg'
+    if kind == 'folder':
+        path.mkdir()
+    elif kind == 'truncated':
+        photo = (Path(__file__).parents[1] / 'examples' / 'photo.jpg').read_bytes()
+        path.write_bytes(photo[:len(photo) // 2])
+    code, _, err = run(capsys, 'classify', path, '--weights', converted)
+    assert code == cli.REFUSED and f'{path} cannot be read: ' in err
+
+
 def test_exec_registers_the_variants(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', list(sys.argv))
     monkeypatch.setattr(sys, 'path', list(sys.path))

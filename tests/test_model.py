@@ -195,6 +195,7 @@ def test_wrong_arguments(args, message):
 
 
 def test_numbers_of_numpy_are_numbers():
+    assert timm.create_model('test_crossformer', mlp_ratio=np.float32(2)).stages[0].blocks[0].mlp.fc1.out_features == 64
     assert timm.create_model('test_crossformer', num_classes=np.int64(5), interval=np.int64(2)).num_classes == 5
     assert json.dumps(plain_group_size('group_size', np.int64(7), (1, 1))) == '7'
     assert json.dumps(plain_group_size('group_size', (np.int64(7), (4, np.int64(5))), (1, 1))) == '[7, [[4, 5]]]'

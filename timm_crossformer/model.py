@@ -196,7 +196,7 @@ class CrossFormer(nn.Module):
         if pos_bias not in ('paper', 'lucidrains'):
             raise ValueError(f"`pos_bias` is 'paper' or 'lucidrains', got {pos_bias!r}.")
         mlp_ratios = per_stage('mlp_ratio', mlp_ratio, stages)
-        if not all(isinstance(ratio, Real) and ratio > 0 for ratio in mlp_ratios):
+        if not all(isinstance(ratio, Real) and float(ratio) > 0 for ratio in mlp_ratios):
             raise ValueError(f'`mlp_ratio` needs to be above 0, got {mlp_ratio!r}.')
         check_whole('in_chans', [in_chans], 1)
         check_whole('num_classes', [num_classes], 0)
