@@ -148,7 +148,11 @@ def ratios(results: Path) -> str:
     cases = [
         ('infer', ours, ours, peer, batch, f'inference, batch {batch}')
         for ours, peer in (('crossformer_small', BIRDER), ('crossformer_lucidrains', VIT_PYTORCH)) for batch in (1, 8)
-    ] + [('train', 'crossformer_small', SMALL_TRAINED, BIRDER, 8, 'training step, batch 8')]
+    ] + [
+        ('train', name, ours, peer, 8, 'training step, batch 8') for name, ours, peer in (
+            ('crossformer_small', SMALL_TRAINED, BIRDER),
+            ('crossformer_lucidrains', 'crossformer_lucidrains', VIT_PYTORCH))
+    ]
     everything = Results(results)
     threads = by_threads(everything.select('infer', task='logits', size='224'))
     body = []

@@ -483,7 +483,7 @@ _POOLS = ('avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fa
 
 
 def _check_pool(global_pool: Any) -> None:
-    if (global_pool or '') not in _POOLS:
+    if str(global_pool or '').lower() not in _POOLS:
         raise ValueError(f'`global_pool` is one of {", ".join(map(repr, _POOLS))}, got {global_pool!r}.')
 
 

@@ -13,6 +13,7 @@ from .cpu import (
     Mlp,
     add_branch,
     chunk_length,
+    consists_of,
     in_inference_graph,
     is_made_of,
     is_plain,
@@ -101,11 +102,8 @@ class CrossFormerBlock(nn.Module):
     def _is_tokenwise(self) -> bool:
         """Return whether chunks, which see part of a map or are left out in evaluation, make no difference."""
         attn = self.attn
-        return is_plain(attn, GroupAttention) and all(
-            type(part) in _TOKENWISE and is_plain(part, type(part))
-            for module in (
-                self.norm1, attn.attn_drop, attn.proj_drop, self.drop_path1, self.norm2, self.mlp, self.drop_path2)
-            for part in module.modules())
+        return is_plain(attn, GroupAttention) and all(consists_of(part, _TOKENWISE) for part in (
+            self.norm1, attn.attn_drop, attn.proj_drop, self.drop_path1, self.norm2, self.mlp, self.drop_path2))
 
     @torch.jit.unused
     def _add_in_chunks(self, x: Tensor, length: int) -> Tensor:

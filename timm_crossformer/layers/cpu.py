@@ -52,12 +52,14 @@ def is_plain(layer: nn.Module, kind: Type[nn.Module]) -> bool:
     return type(layer) is kind and 'forward' not in layer.__dict__ and not _is_observed(layer)
 
 
+def consists_of(module: nn.Module, kinds: Sequence[Type[nn.Module]]) -> bool:
+    """Return whether a module has plain layers of these kinds only."""
+    return all(type(part) in kinds and is_plain(part, type(part)) for part in module.modules())
+
+
 def is_made_of(module: nn.Module, kinds: Sequence[Type[nn.Module]]) -> bool:
     """Return whether a module has plain layers of these kinds only, with fp32 parameters on a CPU."""
-    return (
-        all(type(part) in kinds and is_plain(part, type(part)) for part in module.modules())
-        and all(_is_fp32(p, nn.Parameter) for p in module.parameters())
-    )
+    return consists_of(module, kinds) and all(_is_fp32(p, nn.Parameter) for p in module.parameters())
 
 
 def _is_fp32(x: Tensor, kind: Type[Tensor]) -> bool:

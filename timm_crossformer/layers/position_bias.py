@@ -1,5 +1,5 @@
 """Dynamic position bias, DPB (paper, section 3.3): attention bias from relative offsets through a small MLP."""
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ class DynamicPosBias(nn.Module):
     @torch.jit.unused
     def eps(self) -> List[float]:
         """Return the eps of the norms of a plain MLP."""
-        return [cast(nn.LayerNorm, self.mlp[i]).eps for i in (1, 4, 7)]
+        return [layer.eps for layer in self.mlp if isinstance(layer, nn.LayerNorm)]
 
     @torch.jit.unused
     def _eager_table(self, height: int, width: int) -> Tensor:
