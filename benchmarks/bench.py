@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from timm_crossformer.layers import LDA_GROUPINGS  # importing the package registers the models
+from timm_crossformer.ops.grouping import LDA_GROUPINGS  # importing the package registers the models
 
 RESULTS = Path(__file__).parent / 'results'
 

@@ -21,12 +21,9 @@ from torch import Tensor, nn
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
 from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
 from .convert import check_head, convert_state_dict, is_foreign
-from .layers import (
-    LDA_GROUPINGS,
-    CrossFormerBlock,
-    CrossScaleEmbed,
-    share_indices,
-)
+from .layers import CrossFormerBlock, CrossScaleEmbed
+from .layers.parts import add_in_parts, goes_in_parts
+from .ops.grouping import LDA_GROUPINGS
 
 
 class CrossFormerStage(nn.Module):
@@ -88,9 +85,8 @@ class CrossFormerStage(nn.Module):
             x = self.blocks(x)
         elif self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
-        elif torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-            with share_indices():
-                x = self.blocks(x)
+        elif goes_in_parts(self.blocks, x):
+            x = add_in_parts(self.blocks, x)
         else:
             x = self.blocks(x)
         return x.permute(0, 3, 1, 2)
