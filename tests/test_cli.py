@@ -179,6 +179,12 @@ def test_exec_registers_the_variants(capsys, tmp_path, monkeypatch):
             run(capsys, 'exec', script, '--flag', code)
         assert e.value.code == code
     assert capsys.readouterr().out.startswith('True --flag 0')
+    script.write_text(
+        'import sys, torch\nprint("yacs.config.CfgNode" in str(torch.serialization.get_safe_globals()))\n')
+    before = torch.serialization.get_safe_globals()
+    code, out, _ = run(capsys, 'exec', script)
+    assert code == cli.OK and out == 'True\n'
+    assert set(torch.serialization.get_safe_globals()) == set(before)
     script.write_text('raise KeyError(1)\n')
     code, _, err = run(capsys, 'exec', script)
     assert code == cli.REFUSED and 'KeyError' in err

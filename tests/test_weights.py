@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_crossformer  # noqa: F401
 from timm_crossformer import hub
-from timm_crossformer.crossformer import VARIANTS, default_cfgs
+from timm_crossformer.crossformer import default_cfgs
+from timm_crossformer.variants import VARIANTS
 
 RECORDS = hub.manifest()
 FIELDS = {

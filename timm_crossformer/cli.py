@@ -374,7 +374,6 @@ def _add_export(subparsers: Any) -> None:
 def _export(args: argparse.Namespace) -> int:
     import timm
 
-    from . import crossformer  # noqa: F401, registers the variants
     from .export import PROBES, export_model, verify_exported
 
     size = (args.size, args.size) if isinstance(args.size, int) else args.size
@@ -410,7 +409,7 @@ def _add_exec(subparsers: Any) -> None:
 
 
 def _exec(args: argparse.Namespace) -> int:
-    from . import crossformer  # noqa: F401, registers the variants
+    from .convert import safe_globals
 
     script = Path(args.script)
     if not script.is_file():
@@ -418,7 +417,8 @@ def _exec(args: argparse.Namespace) -> int:
     sys.argv = [str(script), *args.arguments]
     sys.path.insert(0, str(script.resolve().parent))
     try:
-        runpy.run_path(str(script), run_name='__main__')
+        with safe_globals():  # timm's scripts read checkpoints themselves
+            runpy.run_path(str(script), run_name='__main__')
     except SystemExit:
         raise
     except BaseException:  # the script's own failure, shown as Python shows it

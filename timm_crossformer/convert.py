@@ -12,13 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .variants import VARIANTS
 
 __all__ = ['Checkpoint', 'CheckpointError', 'convert_state_dict', 'parse_state_dict', 'read_checkpoint']
 
@@ -35,15 +37,16 @@ class CheckpointError(ValueError, RuntimeError):
     """A checkpoint that cannot be used as it is. A RuntimeError too, since that is what `load_state_dict` raises."""
 
 
-class _InertConfig:
+class InertConfig:
     """Stands in for yacs' config node, which official checkpoints hold, so that no foreign code is imported or run."""
 
     def __new__(cls, *args: Any) -> Any:
         return OrderedDict()
 
 
-_InertConfig.__module__, _InertConfig.__qualname__ = 'yacs.config', 'CfgNode'
-torch.serialization.add_safe_globals([_InertConfig])
+def safe_globals() -> ContextManager:
+    """Let `torch.load(..., weights_only=True)` read official checkpoints with their config inside, for as long."""
+    return torch.serialization.safe_globals([(InertConfig, 'yacs.config.CfgNode')])
 
 
 # Rules: pattern of a key without its last part (weight, bias, ...), what it becomes; None drops the key.
@@ -249,8 +252,6 @@ def infer_arguments(state_dict: Mapping[str, Tensor]) -> Dict[str, Any]:
 @lru_cache(maxsize=1)
 def _variants() -> Dict[str, Dict[str, Any]]:
     """Return the arguments of every variant, in the form `infer_arguments` gives those of a checkpoint."""
-    from .crossformer import VARIANTS
-
     known = {}
     for name, given in VARIANTS.items():
         args = dict(
@@ -397,7 +398,8 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
             archive = zipfile.is_zipfile(path)
             if archive:
                 _check_archive(path, size)
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=archive)
+            with safe_globals():
+                checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=archive)
     except SafetensorError as e:
         raise CheckpointError(f'{path} is no intact safetensors file: {e}. Fetch it again.') from e
     except CheckpointError:

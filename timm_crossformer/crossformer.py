@@ -1,15 +1,16 @@
 """The variants, registered with timm. The file's name is the module name in timm's registry."""
 import difflib
 import inspect
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from .convert import convert_state_dict
-from .hub import NAMESPACE, bundled_weights, explain_failure, fetch_weights
+from .convert import convert_state_dict, read_checkpoint
+from .hub import NAMESPACE, bundled_weights, explain_failure, fetch_weights, file_to_read
 from .model import CrossFormer, CrossFormerFeatures
+from .variants import TAG_ARGS, VARIANTS
 
 __all__ = ['CrossFormer']
 
@@ -76,34 +77,6 @@ default_cfgs = generate_default_cfgs({
     **{tag: _cfg(file=file, **cfg) for tag, file, cfg in bundled_weights()},
 })
 
-_PP_ARGS: Dict[str, Any] = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), lda_grouping='region', cooling=True)
-
-# What differs from the defaults of `CrossFormer`.
-VARIANTS: Dict[str, Dict[str, Any]] = {
-    'crossformer_tiny': dict(embed_dim=64, depths=(1, 1, 8, 6), num_heads=(2, 4, 8, 16)),
-    'crossformer_small': dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
-    'crossformer_base': dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
-    'crossformer_large': dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
-    'crossformer_pp_small': dict(_PP_ARGS, embed_dim=64, depths=(2, 2, 18, 2), num_heads=(2, 4, 8, 16)),
-    'crossformer_pp_base': dict(_PP_ARGS, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
-    'crossformer_pp_large': dict(_PP_ARGS, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
-    'crossformer_pp_huge': dict(_PP_ARGS, embed_dim=128, depths=(6, 6, 18, 2), num_heads=(4, 8, 16, 32)),
-    'crossformer_lucidrains': dict(
-        embed_dim=(64, 128, 256, 512), depths=(4, 4, 16, 4), num_heads=(2, 4, 8, 16), lda_group_size=(8, 4, 2, 1),
-        lda_grouping='grid', pos_bias='lucidrains', stage_norm=False, qkv_bias=False,
-    ),
-    'test_crossformer': dict(
-        embed_dim=(32, 48, 64, 96), depths=(2, 2, 4, 2), num_heads=(1, 2, 2, 3), group_size=4, interval=(4, 2, 1, 1),
-    ),
-}
-
-# Groups that weights were trained with, where they differ from the variant's.
-_TAG_ARGS: Dict[str, Dict[str, Any]] = {
-    'birder_arabian_peninsula_256': dict(group_size=8),
-    'birder_arabian_peninsula_384': dict(group_size=12),
-}
-
-
 def _create_crossformer(
         variant: str,
         pretrained: bool = False,
@@ -112,14 +85,20 @@ def _create_crossformer(
         **kwargs: Any,
 ) -> CrossFormer:
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else getattr(pretrained_cfg, 'tag', None)
-    tag_args = {name: value for name, value in _TAG_ARGS.get(tag or '', {}).items() if name not in kwargs}
+    tag_args = {name: value for name, value in TAG_ARGS.get(tag or '', {}).items() if name not in kwargs}
     kwargs = {**VARIANTS[variant], **tag_args, **kwargs}
     _check_arguments(variant, kwargs)
     depths = kwargs['depths']
     stages = len(depths) if isinstance(depths, (list, tuple)) else 0  # the model refuses anything else
     out_indices = kwargs.pop('out_indices', tuple(range(stages)))
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict() if pretrained else {}
-    fetch_weights(cfg, kwargs.get('cache_dir'))
+    path = file_to_read(cfg, fetch_weights(cfg, kwargs.get('cache_dir')))
+    if path:  # timm's reader takes fewer files than ours: give it a state dict in name, and let the filter read
+        pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, state_dict={'file': str(path)})
+
+    def read(state_dict: Dict[str, Any], model: CrossFormer) -> Dict[str, Any]:
+        return convert_state_dict(read_checkpoint(path) if path else state_dict, model)
+
     with explain_failure(cfg):
         model = build_model_with_cfg(
             CrossFormer,
@@ -127,10 +106,12 @@ def _create_crossformer(
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=pretrained_cfg_overlay,
-            pretrained_filter_fn=convert_state_dict,
+            pretrained_filter_fn=read,
             feature_cfg=dict(feature_cls=CrossFormerFeatures, flatten_sequential=True, out_indices=out_indices),
             **kwargs,
         )
+    if path:
+        cast(Dict[str, Any], model.pretrained_cfg).pop('state_dict')
     if tag_args:
         model._model_args = tag_args  # timm records what the caller gave; an export needs these as well
     return model

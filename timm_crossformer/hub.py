@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._timm import save_config_for_hf
 from .convert import Checkpoint, CheckpointError, check_fit, check_values, parse_state_dict, read_checkpoint
+from .variants import VARIANTS
 
 # The Hub organisation or user that default weights are fetched from, read once, at import.
 NAMESPACE = os.environ.get('TIMM_CROSSFORMER_HUB') or 'timm-crossformer'
@@ -91,6 +92,14 @@ def fetch_weights(cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]] = N
             _check_download(path, name, filename)
             return path
     return None
+
+
+def file_to_read(cfg: Dict[str, Any], fetched: Optional[Path] = None) -> Optional[Path]:
+    """Return the file of a pretrained cfg that we read in timm's place: any but safetensors that is named alone."""
+    if cfg.get('source') in ('hf-hub', 'local-dir') or cfg.get('state_dict') or cfg.get('custom_load'):
+        return None
+    path = Path(cfg['file']) if cfg.get('file') else fetched
+    return path if path and path.suffix != '.safetensors' else None
 
 
 def _check_download(path: Path, repo: str, filename: str) -> None:
@@ -252,9 +261,7 @@ def convert_file(
 
 
 def create(name: str, **kwargs: Any) -> Any:
-    """Create a model with timm, with the variants registered."""
-    from . import crossformer  # noqa: F401, registers the variants
-
+    """Create a model with timm; whoever can call this has imported the package, so the variants are registered."""
     return timm.create_model(name, **kwargs)
 
 
@@ -263,8 +270,6 @@ def _variant(parsed: Checkpoint, model: Optional[str]) -> Tuple[str, Dict[str, A
     name, args = parsed.variant()
     if model is None:
         return name, args
-    from .crossformer import VARIANTS
-
     if model not in VARIANTS:
         raise CheckpointError(f'`model` is one of {", ".join(VARIANTS)}, got {model!r}.')
     free = ('num_classes', 'in_chans', 'group_size', 'lda_group_size', 'interval', 'lda_grouping')
