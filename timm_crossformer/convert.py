@@ -6,7 +6,6 @@ model's own `load_state_dict`, timm's `pretrained=True` and the command line.
 import math
 import re
 import warnings
-import zipfile
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,25 +15,19 @@ from typing import Any, Callable, ContextManager, Dict, Iterable, List, Mapping,
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .reading import CheckpointError, Foreign, is_packed, read_file
 from .variants import VARIANTS
 
 __all__ = ['Checkpoint', 'CheckpointError', 'convert_state_dict', 'parse_state_dict', 'read_checkpoint']
 
 _SHOWN = 100  # keys an error lists before it only counts
 _MAX_KEYS = 100_000  # of a checkpoint; the largest CrossFormer in a detector with optimizer has a few thousand
-_MAX_PICKLE = 64 * 2 ** 20  # bytes of a .pth's structure, without its tensors; real ones have less than one MiB
 
 # Where containers keep weights, the preferred first. As in timm, an exponential moving average wins; but where mmengine
 # writes `ema_state_dict`, it has put the average into `state_dict`.
 CONTAINER_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'state', 'module', 'ema_state_dict', 'ema')
-
-
-class CheckpointError(ValueError, RuntimeError):
-    """A checkpoint that cannot be used as it is. A RuntimeError too, since that is what `load_state_dict` raises."""
 
 
 class InertConfig:
@@ -382,81 +375,27 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
     """Read a checkpoint file without running anything in it.
 
     Args:
-        path: A safetensors file, or a file of `torch.save`, whatever its suffix.
+        path: A safetensors file, a file of `torch.save`, or OneFlow's in a zip, whatever its suffix.
 
     Raises:
         CheckpointError: The file is damaged, holds more than data, or is no checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f'A checkpoint needs to be a file, got {path}. Check the path.')
+    checkpoint = read_file(path)
     size = path.stat().st_size
-    try:
-        if _is_safetensors(path, size):
-            checkpoint = load_file(path)
-        else:
-            archive = zipfile.is_zipfile(path)
-            if archive:
-                _check_archive(path, size)
-            with safe_globals():
-                checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=archive)
-    except SafetensorError as e:
-        raise CheckpointError(f'{path} is no intact safetensors file: {e}. Fetch it again.') from e
-    except CheckpointError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as e:  # unpickling damaged bytes can fail in any way
-        raise CheckpointError(_refusal(path, e)) from e
     if not isinstance(checkpoint, Mapping):
+        kind = 'an object' if isinstance(checkpoint, Foreign) else f'a {type(checkpoint).__name__}'
         raise CheckpointError(
-            f'A checkpoint needs to be a dict of tensors, {path} holds a {type(checkpoint).__name__}. '
-            'Save the state dict, not the model.')
+            f'A checkpoint needs to be a dict of tensors, {path} holds {kind}. Save the state dict, not the model.')
     if len(checkpoint) > _MAX_KEYS:
         raise CheckpointError(f'A checkpoint has at most {_MAX_KEYS} keys, {path} has {len(checkpoint)}.')
     claimed = sum(t.numel() * t.element_size() for t in _open_container(checkpoint, None)[0].values()
                   if isinstance(t, Tensor))
-    if claimed > size:
+    if claimed > size and not is_packed(path):
         raise CheckpointError(
             f'The tensors of a file cannot be larger than the file, {path} has {size} bytes and claims {claimed}. '
             'Save contiguous tensors, without sharing.')
     return checkpoint
-
-
-def _is_safetensors(path: Path, size: int) -> bool:
-    """Tell safetensors by suffix, or by content: the length of a header, and the header, in JSON."""
-    with open(path, 'rb') as file:
-        start = file.read(9)
-    return path.suffix == '.safetensors' or (start[8:] == b'{' and int.from_bytes(start[:8], 'little') < size)
-
-
-def _check_archive(path: Path, size: int) -> None:
-    """Refuse archives that unpack to more than they are, and those with a damaged record."""
-    with zipfile.ZipFile(path) as archive:
-        infos = archive.infolist()
-        if any(info.compress_type != zipfile.ZIP_STORED for info in infos) or sum(i.file_size for i in infos) > size:
-            raise CheckpointError(
-                f'A checkpoint of torch.save is not compressed, {path} is. Fetch it again from its origin.')
-        if any(info.filename.endswith('data.pkl') and info.file_size > _MAX_PICKLE for info in infos):
-            raise CheckpointError(f'The structure of a checkpoint has at most {_MAX_PICKLE} bytes, {path} has more.')
-        damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f'{path} is damaged: record {damaged} fails its checksum. Fetch it again.')
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # damaged or legacy format
-        foreign = []
-    if not foreign:
-        found = re.search(r'GLOBAL (\S+)', str(error))
-        foreign = [found[1]] if found else []
-    if foreign:
-        return (
-            f'{path} was refused: a checkpoint may hold tensors and plain data only, and this one asks to import '
-            f'{_listed(foreign)}. Nothing in it was run. Get a safetensors file, or one with the state dict alone.')
-    return f'{path} is no intact checkpoint: PyTorch cannot read it. Fetch it again.'
 
 
 def _open_container(checkpoint: Mapping[str, Any], container: Optional[str]) -> Tuple[Mapping[str, Any], str]:
@@ -511,7 +450,8 @@ def _rename(key: str, rules: Iterable[Tuple[re.Pattern, Any]]) -> Optional[str]:
 def _plain(key: str, tensor: Any) -> Tensor:
     """Check that a value can be a weight; take vit-pytorch's singleton dimensions off."""
     if not isinstance(tensor, Tensor):
-        raise CheckpointError(f'`{key}` needs to be a tensor, got {type(tensor).__name__}. Check the checkpoint.')
+        what = 'an object' if isinstance(tensor, Foreign) else type(tensor).__name__
+        raise CheckpointError(f'`{key}` needs to be a tensor, got {what}. Check the checkpoint.')
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_quantized:
         raise CheckpointError(
             f'`{key}` needs a floating point dtype, got {tensor.dtype}. Convert the checkpoint to fp32, fp16 or bf16.')
