@@ -186,6 +186,11 @@ def _convert(args: argparse.Namespace) -> int:
         _note(f'{facts["left_out"]} weights of other parts of the detector or segmenter were left out.')
     if facts['dense']:
         _note('A backbone without final norm and classifier: use it with features_only=True.')
+    _note({
+        'option': 'Groups as the options say.',
+        'checkpoint': 'Groups as the checkpoint itself says.',
+        'default': "The checkpoint does not name its groups: they are the default of its origin.",
+    }[facts['groups_from']])
     arguments = ', '.join(f'{key}={value}' for key, value in facts['args'].items())
     _emit(facts, args, '\n'.join([
         f'{facts["directory"]}: {facts["model"]}({arguments}) from {facts["origin"]} weights'

@@ -218,10 +218,12 @@ def convert_file(
         raise CheckpointError(
             f'{source} needs a sha256 beginning with {expected_sha256}, got {source_hash}. Fetch it again.')
     name, args = _variant(parsed, model)
-    for key, value in dict(
-            group_size=group_size, lda_group_size=lda_group_size, interval=interval, lda_grouping=lda_grouping).items():
-        if value is not None:
-            args[key] = value
+    options = dict(
+        group_size=group_size, lda_group_size=lda_group_size, interval=interval, lda_grouping=lda_grouping)
+    options = {key: value for key, value in options.items() if value is not None}
+    args.update(options)
+    in_file = any(len(values) == len(parsed.arguments()['depths']) for values in parsed.groups.values())
+    in_file = in_file or parsed.group_size is not None
     dense = parsed.dense
     if num_classes is not None:
         _set_classes(parsed, args, num_classes)
@@ -247,6 +249,7 @@ def convert_file(
             'container': parsed.container,
             'prefix': parsed.prefix,
             'left_out': len(parsed.left_out),
+            'groups_from': 'option' if options else 'checkpoint' if in_file else 'default',
             'num_classes': net.num_classes,
             'params': sum(p.numel() for p in net.parameters()),
             'dtype': str(dtype or next(iter(parsed.state_dict.values())).dtype).replace('torch.', ''),
