@@ -49,9 +49,9 @@ def run_json(capsys, *argv):
 
 def test_list(capsys):
     code, records = run_json(capsys, 'list')
-    assert code == cli.OK and {'tag', 'params', 'gmacs', 'metrics', 'hub'} <= set(records[0])
+    assert code == cli.OK and {'tag', 'params', 'gmacs', 'metrics', 'weights'} <= set(records[0])
     code, out, _ = run(capsys, 'list', '*tiny')
-    assert code == cli.OK and '27.8M' in out and '81.5' in out and hub.NAMESPACE in out and 'large' not in out
+    assert code == cli.OK and '27.8M' in out and '81.5' in out and 'drive' in out and 'large' not in out
     assert run(capsys, 'list', 'nothing')[0] == cli.USAGE
 
 
@@ -105,9 +105,9 @@ def test_failed_check_exits_with_1(capsys, converted, tmp_path):
 
 def test_absent_weights_exit_with_3(capsys, monkeypatch, photo):
     monkeypatch.setattr(hub.huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-    monkeypatch.setattr(hub.huggingface_hub.constants, 'HF_HUB_CACHE', str(photo.parent))
+    monkeypatch.setenv('TIMM_CROSSFORMER_CACHE', str(photo.parent / 'store'))
     code, _, err = run(capsys, 'classify', photo, '--model', 'crossformer_tiny')
-    assert code == cli.NETWORK and 'timm-crossformer convert FILE DIR' in err
+    assert code == cli.NETWORK and 'timm-crossformer fetch crossformer_tiny.in1k --from FILE' in err
 
 
 @pytest.mark.parametrize('weights', ['file', 'directory'])

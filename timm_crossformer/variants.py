@@ -26,6 +26,7 @@ VARIANTS: Dict[str, Dict[str, Any]] = {
 
 # Groups that weights were trained with, by tag, where they differ from the variant's.
 TAG_ARGS: Dict[str, Dict[str, Any]] = {
+    'semantic_fpn_ade20k': dict(group_size=(14, 14, 7, 7), interval=(16, 8, 2, 1)),
     'birder_arabian_peninsula_256': dict(group_size=8),
     'birder_arabian_peninsula_384': dict(group_size=12),
 }
