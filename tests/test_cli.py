@@ -62,9 +62,31 @@ def test_convert_verify_push(capsys, source, tmp_path):
     assert facts['sha256'] == hub.sha256(directory / 'model.safetensors')
     assert {path.name for path in directory.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
     code, out, _ = run(capsys, 'verify', directory, '--against', source)
-    assert code == cli.OK and 'outputs differ by' in out and 'FAIL' not in out
+    assert 'outputs differ by' in out and out.count('FAIL') == 1 and 'FAIL  photo: a cat is shown' in out
+    assert code == cli.REFUSED  # random weights see none
     code, result = run_json(capsys, 'push', directory, 'me/model', '--dry-run')
     assert code == cli.OK and result['files']['model.safetensors'] == facts['size']
+
+
+@pytest.mark.parametrize('index, ok', [(281, True), (285, True), (280, False), (286, False), (None, False)], ids=str)
+@pytest.mark.parametrize('kwargs', [{}, {'in_chans': 1}, {'num_classes': 999}], ids=str)
+def test_verify_classifies_the_photo(capsys, tmp_path, index, ok, kwargs):
+    model = timm.create_model('test_crossformer', **{'num_classes': 1000, **kwargs})
+    if index is not None:
+        model.head.fc.bias.data[index] = 9.
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    hub.convert_file(tmp_path / 'x.pth', tmp_path / 'x')
+    code, report = run_json(capsys, 'verify', tmp_path / 'x')
+    photo = [check for check in report['checks'] if check['check'] == 'photo']
+    if 'num_classes' in kwargs:
+        assert not photo and code == cli.OK
+        return
+    if 'in_chans' in kwargs:
+        assert photo[0]['ok'] and photo[0]['detail'] == 'not tried with 1 channels'
+        return
+    assert [check['ok'] for check in photo] == [ok] and code == (cli.OK if ok else cli.REFUSED)
+    assert report['ok'] is ok and photo[0]['detail'].startswith('a cat is shown, seen are ')
+    assert run(capsys, 'push', tmp_path / 'x', 'me/x', '--dry-run')[0] == cli.OK
 
 
 def test_convert_says_what_it_wrote_and_how_to_load_it(capsys, source, tmp_path):

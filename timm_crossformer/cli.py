@@ -241,7 +241,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _add_verify(subparsers: Any) -> None:
-    parser = _command(subparsers, 'verify', _verify, 'Check a converted directory.')
+    parser = _command(subparsers, 'verify', _verify, 'Check a directory; with 1000 classes, on a photo as well.')
     parser.add_argument('directory', metavar='DIR')
     parser.add_argument('--against', metavar='SRC', help='checkpoint whose weights and outputs it must reproduce')
 
