@@ -89,6 +89,12 @@ def test_verify_classifies_the_photo(capsys, tmp_path, index, ok, kwargs):
     assert run(capsys, 'push', tmp_path / 'x', 'me/x', '--dry-run')[0] == cli.OK
 
 
+def test_verify_without_the_photo_says_so(capsys, converted, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, 'photo_path', lambda: tmp_path / 'none.jpg')
+    code, out, _ = run(capsys, 'verify', converted)
+    assert code == cli.REFUSED and 'FAIL  photo: the photo of the package is missing' in out
+
+
 def test_convert_says_what_it_wrote_and_how_to_load_it(capsys, source, tmp_path):
     code, out, _ = run(capsys, 'convert', source, tmp_path / 'out')
     assert code == cli.OK and f'timm.create_model("local-dir:{tmp_path / "out"}", pretrained=True)' in out

@@ -188,6 +188,66 @@ def test_containers(container, official, small, tmp_path):
     assert same(load_model(weights=tmp_path / 'checkpoint.pth'), small)
 
 
+def saved_by_timm(model, folder):
+    from argparse import Namespace
+
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    args = Namespace(model='test_crossformer', lr=0.1, output=Path('/data'), betas=(0.9, 0.99), extra=Namespace(x=[1]))
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = CheckpointSaver(
+        model, optimizer, args, ModelEmaV3(model), checkpoint_dir=str(folder), recovery_dir=str(folder))
+    saver.save_checkpoint(3, 78.)
+    return folder / 'last.pth.tar'
+
+
+def saved_by_lightning(model, folder):
+    lightning = pytest.importorskip('lightning.pytorch')
+
+    class Module(lightning.LightningModule):
+        def __init__(self, out=Path('/data'), names=('a', 'b')):
+            super().__init__()
+            self.save_hyperparameters()
+            self.model = model
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def training_step(self, batch):
+            return self.model(batch).sum() * 0
+
+    trainer = lightning.Trainer(
+        max_steps=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator='cpu',
+        callbacks=[lightning.callbacks.ModelCheckpoint(folder)], default_root_dir=folder)
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.zeros(1, 3, 32, 32)))
+    trainer.save_checkpoint(folder / 'x.ckpt')
+    return folder / 'x.ckpt'
+
+
+def saved_by_accelerate(model, folder):
+    accelerate = pytest.importorskip('accelerate')
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.prepare(model)
+    accelerator.save_state(str(folder / 'state'), safe_serialization=False)
+    return folder / 'state' / 'pytorch_model.bin'
+
+
+@pytest.mark.parametrize('save', [
+    saved_by_timm, pytest.param(saved_by_lightning, marks=pytest.mark.clients),
+    pytest.param(saved_by_accelerate, marks=pytest.mark.clients)], ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings('ignore')
+def test_training_checkpoints_as_the_libraries_write_them(save, small, tmp_path):
+    source = fresh()
+    source.load_state_dict(small.state_dict())
+    path = save(source, tmp_path)
+    model = fresh()
+    model.load_state_dict(read_checkpoint(path))
+    assert same(model, small)
+    convert_file(path, tmp_path / 'out')
+    assert same(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), small)
+    assert same(fresh(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=7)), small)
+
+
 def test_yacs_is_not_imported(official, tmp_path, monkeypatch):
     torch.save({'model': official, 'config': yacs_config()}, tmp_path / 'c.pth')
     monkeypatch.setitem(sys.modules, 'yacs.config', None)

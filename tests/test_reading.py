@@ -252,6 +252,7 @@ BROKEN = {
     'call-a-tensor': b'\x80\x02K\x01)\x81.',
     'append-to-a-dict': b'\x80\x02}K\x01a.',
     'set-in-a-list': b'\x80\x02]K\x01K\x02s.',
+    'endless-set': b'\x80\x02c__builtin__\nset\nctorch\nSize\n]\x85R\x85RK\x01a.',
     'no-end': b'\x80\x02}',
     'empty-stack': b'\x80\x02R.',
     'memo': b'\x80\x02h\x09.',

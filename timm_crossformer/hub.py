@@ -479,6 +479,8 @@ def _names_the_cat(net: Any) -> Tuple[bool, str]:
     """Tell whether the five likeliest classes of the photo hold a cat, which chance finds once in 40 times."""
     if net.in_chans != 3:
         return True, f'not tried with {net.in_chans} channels'
+    if not photo_path().is_file():
+        return False, 'the photo of the package is missing: install it again'
     with Image.open(photo_path()) as image:
         pixels = create_transform(**resolve_data_config({}, model=net))(image.convert('RGB'))
     with torch.inference_mode():

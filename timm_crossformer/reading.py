@@ -24,7 +24,7 @@ from torch import Tensor
 __all__ = ['CheckpointError', 'Foreign', 'is_packed', 'read_file']
 
 _MAX_PICKLE = 64 * 2 ** 20  # bytes of a .pth's structure, without its tensors; real ones have less than one MiB
-_MAX_ONEFLOW = 4 * 2 ** 30  # bytes of an unpacked OneFlow archive
+_MAX_ONEFLOW = 2 * 2 ** 30  # bytes of an unpacked OneFlow archive
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950a86a20f9469cfc6c, 1001  # begin a file of torch.save before PyTorch 1.6
 
 
@@ -119,6 +119,10 @@ def _plain_dict(*args: Any) -> Dict[Any, Any]:
     return OrderedDict(args[0]) if args and isinstance(args[0], dict) else OrderedDict()
 
 
+def _plain_set(*args: Any) -> Any:
+    return set(args[0]) if args and isinstance(args[0], (list, tuple)) else set()
+
+
 def _plain_tuple(*args: Any) -> Any:
     return tuple(args[0]) if args and isinstance(args[0], (list, tuple)) else ()
 
@@ -167,8 +171,8 @@ def _attribute(*args: Any) -> Any:
 
 _MAKERS: Dict[str, Callable[..., Any]] = {
     'builtins.getattr': _attribute,
-    'builtins.set': lambda *args: set(*args[:1]),
-    'builtins.frozenset': lambda *args: frozenset(*args[:1]),
+    'builtins.set': _plain_set,
+    'builtins.frozenset': _plain_set,
     'collections.Counter': _plain_dict,
     'collections.OrderedDict': _plain_dict,
     'collections.defaultdict': _plain_dict,
