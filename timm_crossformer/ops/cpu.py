@@ -52,13 +52,17 @@ def write_heads(groups: Tensor, x: Tensor) -> None:
     groups.copy_(x.transpose(1, 2).reshape(groups.shape))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, few: int = _FEW_TOKENS) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attend within groups: q, k and v [groups, heads, N, head_dim], bias [heads or 1, N, N]."""
-    by_products = q.dtype == torch.float32 and q.shape[2] <= few
-    if by_products and torch.get_num_threads() > 1 and not torch.is_grad_enabled():
+    if not torch.jit.is_scripting() and _suits_products(q):
         scores = q @ k.transpose(-2, -1)
         return scores.mul_(q.shape[-1] ** -0.5).add_(bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+
+
+@torch.jit.unused
+def _suits_products(q: Tensor) -> bool:
+    return q.dtype == torch.float32 and q.shape[2] <= _FEW_TOKENS and torch.get_num_threads() > 1
 
 
 def _attend_in_tiles(
