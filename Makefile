@@ -1,10 +1,23 @@
-# Needs Python 3.10 or newer. Everything is installed into .venv (tests inside other packages: .venv-NAME, too).
+# Needs Python 3.11 or newer. Everything is installed into .venv (what needs other versions: into .venv-NAME).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL = $(BIN)/uv pip install -q --python $(BIN)/python
+UV = $(BIN)/uv
+INSTALL = $(UV) pip install -q --python $(BIN)/python
 
-.PHONY: demo test clients oldest quick check style bench tables
+# python3.11, or the Python at hand where it has another name; python3.13, or nothing: on the path, or from pyenv.
+find = $(firstword $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(1)*/bin/python; do \
+	"$$python" -c '' 2>/dev/null && echo "$$python"; done))
+PYTHON311 = $(or $(call find,3.11),$(PYTHON))
+PYTHON313 := $(call find,3.13)
+
+# As many workers as there are cores on a small machine; tests/conftest.py gives each of them its long tests first.
+WORKERS ?= 2
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal --durations 10 --durations-min 2
+QUICK := not slow and not clients and not network
+
+.NOTPARALLEL:
+.PHONY: demo test test-all slow oldest py313 clients quick check style bench tables
 
 # Name what is on a photo; extract its feature pyramid, print the shapes, and draw photo and levels side by side.
 demo: $(VENV)/demo
@@ -12,9 +25,30 @@ demo: $(VENV)/demo
 	$(BIN)/timm-crossformer features examples/photo.jpg --whole --out outputs/pyramid.png
 	@echo "Wrote outputs/pyramid.png: the photo beside its four levels."
 
-# Lint, types and all tests but those of other people's packages.
-test: $(VENV)/test check
-	$(BIN)/python -m pytest -n 2 -m "not clients and not network"
+# Lint, types and the tests of every promise, on the newest versions.
+test: check quick
+
+# All there is: the long tests, other versions, timm's own tests, the wheel, other people's packages.
+test-all: test slow oldest py313 clients
+
+quick: $(VENV)/test
+	$(BIN)/python $(PYTEST) -m "$(QUICK)"
+
+slow: $(VENV)/test
+	$(BIN)/python $(PYTEST) -m "slow and not clients and not network"
+
+# The quick tests with the oldest versions of everything that is needed.
+oldest: $(VENV)-oldest/test
+	$(VENV)-oldest/bin/python $(PYTEST) -m "$(QUICK)"
+
+# The quick tests with Python 3.13, where there is one.
+ifneq ($(PYTHON313),)
+py313: $(VENV)-py313/test
+	$(VENV)-py313/bin/python $(PYTEST) -m "$(QUICK)"
+else
+py313:
+	@echo "Left out: the tests with Python 3.13. There is no python3.13 on the path."
+endif
 
 # The tests inside segmentation-models-pytorch, torchvision, transformers, ... (tests/clients). Two of them need an
 # environment of their own.
@@ -23,16 +57,6 @@ clients: $(VENV)/clients $(VENV)-terratorch/clients $(VENV)-mmpretrain/clients
 	REQUIRE_CLIENTS=1 $(VENV)-mmpretrain/bin/python -m pytest tests/clients/test_mmpretrain.py
 	REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m clients tests/clients \
 		--ignore tests/clients/test_terratorch.py --ignore tests/clients/test_mmpretrain.py
-
-# timm's contract and stored outputs with the oldest timm that is supported.
-oldest: $(VENV)/test
-	$(INSTALL) --no-deps --target $(VENV)/oldest timm==1.0.30
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 -m "not slow" \
-		tests/test_timm_contract.py tests/test_golden.py tests/test_model.py
-
-# The tests that take under a minute.
-quick: $(VENV)/test
-	$(BIN)/python -m pytest -n 2 -m "not slow and not clients and not network"
 
 check: $(VENV)/test
 	$(BIN)/ruff check .
@@ -59,14 +83,27 @@ $(VENV)/demo: $(VENV)/uv pyproject.toml
 	touch $@
 
 $(VENV)/test: $(VENV)/uv pyproject.toml
-	$(INSTALL) -e ".[test]"
+	$(BIN)/python benchmarks/versions.py newest > $(VENV)/constraints.txt
+	$(INSTALL) -e ".[test]" -c $(VENV)/constraints.txt
 	touch $@
 
 $(VENV)/clients: $(VENV)/test pyproject.toml
-	$(INSTALL) -e ".[test,clients]"
+	$(INSTALL) -e ".[test,clients]" -c $(VENV)/constraints.txt
+	touch $@
+
+$(VENV)-oldest/test: $(VENV)/uv pyproject.toml
+	$(UV) venv -q --clear --python $(PYTHON311) $(VENV)-oldest
+	$(BIN)/python benchmarks/versions.py oldest > $(VENV)-oldest/constraints.txt
+	$(UV) pip install -q --python $(VENV)-oldest/bin/python -e ".[test]" -c $(VENV)-oldest/constraints.txt
+	touch $@
+
+$(VENV)-py313/test: $(VENV)/uv pyproject.toml
+	$(UV) venv -q --clear --python $(PYTHON313) $(VENV)-py313
+	$(BIN)/python benchmarks/versions.py newest > $(VENV)-py313/constraints.txt
+	$(UV) pip install -q --python $(VENV)-py313/bin/python -e ".[test]" -c $(VENV)-py313/constraints.txt
 	touch $@
 
 $(VENV)-%/clients: $(VENV)/uv pyproject.toml tests/clients/requirements-%.txt
-	$(BIN)/uv venv -q --clear --python $(BIN)/python $(VENV)-$*
-	$(BIN)/uv pip install -q --python $(VENV)-$*/bin/python -e . pytest torchvision -r tests/clients/requirements-$*.txt
+	$(UV) venv -q --clear --python $(BIN)/python $(VENV)-$*
+	$(UV) pip install -q --python $(VENV)-$*/bin/python -e . pytest torchvision -r tests/clients/requirements-$*.txt
 	touch $@

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
+import versions as ci
 from bench import (
     BIRDER,
     LDA_GROUPINGS,
@@ -319,6 +320,17 @@ def operators(results: Path) -> str:
 def targets(results: Path) -> str:
     """Targets and what was measured."""
     return markdown(*targets_table(results))
+
+
+@table
+def versions(results: Path) -> str:
+    """Say what the package needs, and which versions CI runs."""
+    needs, floors = ci.read()['project']['requires-python'], ci.floors()
+    head = ['Python', 'torch', 'timm', 'tests', 'command']
+    body = [[*(run[key] for key in ('python', 'torch', 'timm', 'tests')), f'`{run["command"]}`'] for run in ci.runs()]
+    return (
+        f'It needs Python {needs.replace(">=", "")}, torch {floors["torch"]} and timm {floors["timm"]}, or newer. '
+        f'CI runs these, on Linux and CPU:\n\n{markdown(head, body)}')
 
 
 @table

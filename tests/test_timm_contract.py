@@ -180,7 +180,6 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_set_input_size_is_recorded_and_rebuilds(tmp_path):
-    pytest.importorskip('timm.models._input', reason='timm records arguments since 1.0.31')
     model = small()
     model.set_input_size((96, 160), group_size=((2, 3), 4, 4, 4), interval=2, lda_grouping='region', fit_groups=True)
     x = noise(1, 3, 96, 160)

@@ -1,4 +1,3 @@
 """CrossFormer and CrossFormer++ for timm. Importing the package registers the models."""
+from ._version import __version__ as __version__
 from .crossformer import CrossFormer as CrossFormer
-
-__version__ = '0.1.0'

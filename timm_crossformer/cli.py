@@ -42,7 +42,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser. A subcommand is a function that adds itself to `COMMANDS`."""
     parser = argparse.ArgumentParser(prog='timm-crossformer', description='CrossFormer for timm: weights and tools.')
-    from . import __version__
+    from ._version import __version__
 
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     subparsers = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)

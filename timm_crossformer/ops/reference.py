@@ -36,7 +36,7 @@ def open_groups(
         Mask [B * groups, 1, 1, N]: 0 for keys that exist, else far below any score.
         Place of each token of the map among the members of all groups [H * W].
     """
-    if not torch.jit.is_scripting() and torch.compiler.is_exporting():
+    if not torch.jit.is_scripting():
         rows, cols = _opaque(rows), _opaque(cols)
     B, H, W, _ = qkv.shape
     gh, gw = rows[1], cols[1]
@@ -70,9 +70,9 @@ def _pair_bias(table: Tensor, gh: int, gw: int) -> Tensor:
 
 @torch.jit.unused
 def _opaque(layout: Layout) -> Layout:
-    """Hide from an exporter how a layout follows from the size of the map: it would carry the formulas everywhere."""
-    if all(type(n) is int for n in layout):
-        return layout  # one size is exported
+    """In an export, hide how a layout follows from the size of the map: it would carry the formulas everywhere."""
+    if not torch.compiler.is_exporting() or all(type(n) is int for n in layout):
+        return layout  # or one size is exported
     opaque: List[Any] = [torch.scalar_tensor(n, dtype=torch.long).item() for n in layout]
     for n in opaque:
         torch._check(n >= 1)
