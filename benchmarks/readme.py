@@ -270,25 +270,6 @@ def memory(results: Path) -> str:
 
 
 @table
-def bias(results: Path) -> str:
-    """What position biases cost: as it is, recomputed on every call, and for nothing."""
-    rows = Results(results)
-    measured = rows.select('bias')
-    found = {(row['contestant'], row['threads'], row['mode']): row for row in measured}
-    body = []
-    for name, threads, mode in found:
-        if mode != 'eager':
-            continue
-        where = {'contestant': name, 'threads': threads}
-        cells = [rows.ratio('bias', {**where, 'mode': mode}, {**where, 'mode': 'frozen_bias'})
-                 for mode in ('eager', 'recomputed_bias')]
-        body.append([name, threads, found[name, threads, 'eager']['median_ms'],
-                     *(f'{cell - 1:+.1%}' if cell else '' for cell in cells)])
-    head = ['224 px, batch 1', 'threads', 'ms', 'over a cache that costs nothing', 'the same without a cache']
-    return markdown(head, body, 'python benchmarks/bench.py bias')
-
-
-@table
 def compiled(results: Path) -> str:
     """torch.compile against eager."""
     rows = Results(results)

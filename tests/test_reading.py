@@ -126,7 +126,7 @@ BESIDE = {
     'history': History,
     'attribute-dict': lambda: AttributeDict(a=1, b=AttributeDict()),
     'names': lambda: Names(['a', 'b']),
-    'dates': lambda: [datetime.datetime(2026, 1, 1), datetime.timedelta(3), datetime.timezone.utc],
+    'dates': lambda: [datetime.datetime(2026, 1, 1), datetime.timedelta(3), datetime.UTC],
     'numpy': lambda: [np.float32(1), np.arange(3), np.dtype('f4'), np.random.RandomState(0), np.random.default_rng(0)],
     'plain': lambda: [uuid.uuid4(), range(3), slice(1), frozenset([1]), bytearray(b'x'), Ellipsis, type(None), int],
     'simple': lambda: types.SimpleNamespace(a=1),
@@ -172,7 +172,7 @@ def test_classes_that_are_not_installed_are_no_matter(tmp_path, monkeypatch):
     assert 'mmengine' not in sys.modules
 
 
-@pytest.mark.parametrize('value', [nn.Linear(2, 2), argparse.Namespace(), [WEIGHTS], 3], ids=str)
+@pytest.mark.parametrize('value', [nn.Linear(2, 2), argparse.Namespace(), [WEIGHTS], 3], ids=lambda x: type(x).__name__)
 def test_a_file_that_is_no_dict_says_so(value, tmp_path):
     with pytest.raises(CheckpointError, match=r'needs to be a dict of tensors.*Save the state dict'):
         read_checkpoint(save(value, tmp_path / 'x.pth'))

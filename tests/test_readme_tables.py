@@ -60,7 +60,6 @@ def test_tables_without_results_name_the_command(tmp_path, name):
     ('sizes', '| crossformer_small region |'),
     ('size_memory', '| crossformer_small region | 1000 |'),
     ('memory', '| crossformer_small map | 262 | 1075 | 1049 | 4194 |'),
-    ('bias', '| crossformer_tiny | 1 |'),
     ('compiled', '| crossformer_small | 224 | 1 | 2 |'),
     ('targets', '| yes |'),
     ('operators', '| vit-pytorch CrossFormer | inference, 224 px, batch 8 | 2 | 70 | 80 |'),

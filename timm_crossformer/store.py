@@ -227,7 +227,7 @@ def _store(record: Dict[str, Any], path: Path, origin: Dict[str, Any], root: Pat
                     f'{digest}, known {wanted} from {owner}. If the known ones are wrong, delete {directory}.')
         return {
             'tag': tag, **origin, 'digest': digest, 'source_size': path.stat().st_size,
-            'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+            'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         }
 
     facts = convert_file(

@@ -100,8 +100,8 @@ class GroupAttention(nn.Module):
         if self.fused_attn and not (self.attn_drop.training and self.attn_drop.p > 0.):
             x = attend_groups(qkv, table, self.num_heads, rows, cols)
         else:
-            q, k, v, bias, mask, inverse = open_groups(qkv, table, self.num_heads, rows, cols)
+            q, k, v, bias, mask, place = open_groups(qkv, table, self.num_heads, rows, cols)
             attn = (q * self.scale) @ k.transpose(-2, -1) + bias + mask
             attn = self.attn_drop(attn.softmax(dim=-1))  # B * groups, heads, N, N
-            x = close_groups(attn @ v, inverse, x.shape[0], x.shape[1], x.shape[2])
+            x = close_groups(attn @ v, place)
         return self.proj_drop(self.proj(x))

@@ -44,7 +44,7 @@ def split_heads(groups: Tensor, parts: int, num_heads: int) -> Tensor:
     """
     B, rh, ph, rw, pw, gh, gw, channels = groups.shape
     members = groups.reshape(B * rh * ph * rw * pw, gh * gw, channels)
-    return members.unflatten(2, [parts, num_heads, -1]).permute(2, 0, 3, 1, 4)
+    return members.unflatten(2, [parts, num_heads, channels // (parts * num_heads)]).permute(2, 0, 3, 1, 4)
 
 
 def write_heads(groups: Tensor, x: Tensor) -> None:

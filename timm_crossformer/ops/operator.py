@@ -233,17 +233,23 @@ def _layout(numbers: Sequence[int]) -> Layout:
     return numbers[0], numbers[1], numbers[2]
 
 
-@register_flop_formula(torch.ops.timm_crossformer.grouped_attention)
-def _count(qkv: Any, table: Any, num_heads: int, rows: List[int], cols: List[int], *_: Any, **__: Any) -> int:
-    """Count two products per group, on tokens that exist."""
+def _count(qkv: Sequence[int], rows: Sequence[int], cols: Sequence[int]) -> int:
+    """Count the operations of one product of all pairs of tokens that exist, given the shape of qkv."""
     batch, height, width, channels = qkv
     pairs = sum(
         r[1] * r[4] * c[1] * c[4] * (r[2] * c[2]) ** 2
         for r in axis_segments(height, _layout(rows)) for c in axis_segments(width, _layout(cols)))
-    return 2 * 2 * batch * pairs * channels // 3
+    return 2 * batch * pairs * channels // 3
+
+
+@register_flop_formula(torch.ops.timm_crossformer.grouped_attention)
+def _flops(qkv: Any, table: Any, num_heads: int, rows: List[int], cols: List[int], *_: Any, **__: Any) -> int:
+    """Count scores, and the sum of values."""
+    return 2 * _count(qkv, rows, cols)
 
 
 @register_flop_formula(torch.ops.timm_crossformer.grouped_attention_backward)
-def _count_backward(grad: Any, *args: Any, **kwargs: Any) -> int:
-    """Count five products per group: scores again, and the gradients of scores, queries, keys and values."""
-    return _count(*args, **kwargs) * 5 // 2
+def _flops_backward(
+        grad: Any, qkv: Any, table: Any, num_heads: int, rows: List[int], cols: List[int], *_: Any, **__: Any) -> int:
+    """Count scores again, and the gradients of scores, queries, keys and values."""
+    return 5 * _count(qkv, rows, cols)

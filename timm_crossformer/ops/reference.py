@@ -13,9 +13,9 @@ from .grouping import Layout, divide, group_index
 
 def grouped_attention(qkv: Tensor, table: Tensor, num_heads: int, rows: Layout, cols: Layout) -> Tensor:
     """Attend inside the groups of a map; see `ops.grouped_attention`."""
-    q, k, v, bias, mask, inverse = open_groups(qkv, table, num_heads, rows, cols)
+    q, k, v, bias, mask, place = open_groups(qkv, table, num_heads, rows, cols)
     attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias + mask
-    return close_groups(attn.softmax(dim=-1) @ v, inverse, qkv.shape[0], qkv.shape[1], qkv.shape[2])
+    return close_groups(attn.softmax(dim=-1) @ v, place)
 
 
 def open_groups(
@@ -34,27 +34,27 @@ def open_groups(
         Queries, keys and values, each [B * groups, heads, N, head_dim], where N tokens is a full group.
         Bias of every pair [heads or 1, N, N].
         Mask [B * groups, 1, 1, N]: 0 for keys that exist, else far below any score.
-        Place of each token of the map among the members of all groups [H * W].
+        Place of each token among the members of all groups [B, H, W].
     """
     if not torch.jit.is_scripting():
         rows, cols = _opaque(rows), _opaque(cols)
     B, H, W, _ = qkv.shape
     gh, gw = rows[1], cols[1]
     index, real, inverse = group_index(H, W, rows, cols, qkv.device)  # [groups, N], [groups, N], [H * W]
-    members = qkv.flatten(1, 2)[:, index.flatten()].reshape(-1, gh * gw, qkv.shape[3])
+    members = qkv.flatten(1, 2)[:, index.flatten()].unflatten(1, [-1, gh * gw]).flatten(0, 1)
     if torch.jit.is_scripting():  # TorchScript does not read the line below
         q, k, v = members.unflatten(-1, [3, num_heads, -1]).permute(2, 0, 3, 1, 4).unbind(0)
     else:
         q, k, v = rearrange(members, 'g n (qkv heads d) -> qkv g heads n d', qkv=3, heads=num_heads)
     # Far below any score, yet finite in fp16: a group without a real token keeps finite gradients.
     mask = ((~real).to(qkv.dtype) * -3e4)[:, None, None, :].repeat(B, 1, 1, 1)
-    return q, k, v, _pair_bias(table, gh, gw).to(qkv.dtype), mask, inverse
+    place = torch.arange(B, device=qkv.device)[:, None, None] * index.numel() + inverse.unflatten(0, [H, W])
+    return q, k, v, _pair_bias(table, gh, gw).to(qkv.dtype), mask, place
 
 
-def close_groups(x: Tensor, inverse: Tensor, batch: int, height: int, width: int) -> Tensor:
+def close_groups(x: Tensor, place: Tensor) -> Tensor:
     """Put tokens [B * groups, heads, N, head_dim] back on the map: [B, H, W, heads * head_dim]."""
-    x = x.transpose(1, 2).flatten(2)  # B * groups, N, C
-    return x.reshape(batch, -1, x.shape[2])[:, inverse].reshape(batch, height, width, -1)
+    return x.transpose(1, 2).flatten(2).flatten(0, 1)[place]
 
 
 def _pair_bias(table: Tensor, gh: int, gw: int) -> Tensor:
