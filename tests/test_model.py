@@ -116,7 +116,7 @@ def test_large_position_biases_are_used_in_bands_without_a_difference():
     attn = GroupAttention(64, 2).eval().requires_grad_(False)
     attn.set_groups((7, 7), 1, 'map')
     x = noise(1, 64, 64, 64) * 3
-    assert 64 ** 4 * attn.num_heads > 4 * cpu._PAIRS  # several bands
+    assert 4 * cpu._TILE < 64 ** 4  # several tiles
     q, k, v = attn.qkv(x).view(1, 4096, 3, 2, 32).permute(2, 0, 3, 1, 4)
     y, c = torch.arange(4096) // 64, torch.arange(4096) % 64
     table = attn.pos_bias(group_offsets(64, 64, None, x.device))
