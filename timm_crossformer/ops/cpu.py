@@ -11,8 +11,8 @@ from .grouping import Layout, axis_segments, group_view
 _FEW_TOKENS = 64
 # With more tokens the biases of all pairs take longer to build, in memory, than attention itself, in the cache.
 _MANY_TOKENS = 512
-# Pairs of a tile, heads included, 2 MiB in fp32; in the backward pass, which holds several such, as many numbers.
-_TILE = 1 << 19
+# Pairs of a tile, 4 MiB in fp32; in the backward pass, which holds several such, pairs of all heads at a time.
+_TILE = 1 << 20
 
 
 def forward(  # TorchScript takes a constant of the file as a default only
