@@ -311,7 +311,7 @@ def versions(results: Path) -> str:
     body = [[*(run[key] for key in ('python', 'torch', 'timm', 'tests')), f'`{run["command"]}`'] for run in ci.runs()]
     return (
         f'It needs Python {needs.replace(">=", "")}, torch {floors["torch"]} and timm {floors["timm"]}, or newer. '
-        f'CI runs these, on Linux and CPU:\n\n{markdown(head, body)}')
+        f'These have a make target, on Linux and CPU; CI runs newest on 3.11:\n\n{markdown(head, body)}')
 
 
 @table
