@@ -87,16 +87,16 @@ def spread(weights, attn, height, width):
 def test_timm_extracts_the_weights_of_every_block(explicit, name, grouping, size):
     model = build(name, lda_grouping=grouping)
     images = noise(2, 3, *size)
-    expected = [slow_attention(attn, x) for attn, x in zip(attentions(model), inputs_of(model, images[1:]), strict=True)]
+    second = inputs_of(model, images[1:])
+    expected = [slow_attention(attn, x) for attn, x in zip(attentions(model), second, strict=True)]
     for method in ('hook', 'fx') if size == SIZES[0] else ('hook',):
         found = AttentionExtract(model, method=method)(images)
         assert len(found) == sum(model.depths)
-        for attn, x, wanted, weights in zip(
-                attentions(model), inputs_of(model, images), expected, found.values(), strict=True):
+        for attn, x, wanted, weights in zip(attentions(model), second, expected, found.values(), strict=True):
             assert weights.shape[1] == attn.num_heads and weights.shape[2] == weights.shape[3]
             torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-            second = weights.unflatten(0, [2, -1])[1]
-            torch.testing.assert_close(spread(second, attn, *x.shape[1:3]), wanted, rtol=1e-3, atol=1e-5)
+            dense = spread(weights.unflatten(0, [2, -1])[1], attn, *x.shape[1:3])
+            torch.testing.assert_close(dense, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_extraction_in_training_keeps_to_the_weights(explicit):
