@@ -82,7 +82,7 @@ def draw_attention(
         ValueError: The path has no suffix.
     """
     height, width = image.shape[1:]
-    figure = _figure(path, 8, (3.7 * height / width + .35) * len(maps) + .7)
+    figure = _figure(path, 6.6, (3. * height / width + .35) * len(maps) + .7)
     from matplotlib.cm import ScalarMappable
     from matplotlib.patches import Rectangle
 
@@ -96,7 +96,7 @@ def draw_attention(
             own = blocks[kind::2]
             name = f'stage {stage + 1}, {("short", "long")[kind]} distance'
             if not own:
-                axis.set_title(f'{name}: no block', fontsize=10)
+                axis.set_title(f'{name}: no block', fontsize=9)
                 continue
             weights = torch.stack([heads.mean(dim=0) for heads in own]).mean(dim=0).cpu()
             side = 4 * 2 ** stage  # pixels of a token
@@ -111,10 +111,9 @@ def draw_attention(
                     (col * side, row * side), side, side, fill=False, color=color, linewidth=line))
             axis.set_xlim(0, width)
             axis.set_ylim(height, 0)
-            axis.set_title(f'{name}: {int((weights > 0).sum())} of {h} × {w} tokens', fontsize=10)
-    figure.colorbar(
-        colors, ax=axes, location='bottom', shrink=.5, aspect=40, pad=.02,
-        label='attention weight, relative to the largest of the picture; white frame: the token that asks')
+            axis.set_title(f'{name}: {int((weights > 0).sum())} of {h} × {w} tokens', fontsize=9)
+    bar = figure.colorbar(colors, ax=axes, location='bottom', shrink=.6, aspect=40, pad=.02)
+    bar.set_label('attention weight, relative to the largest of the map; white frame: the token that asks', fontsize=9)
     _save(figure, path)
 
 
