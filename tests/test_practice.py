@@ -15,7 +15,7 @@ PAGE = (Path(__file__).parents[1] / 'examples' / 'practice.md').read_text()
 SECTIONS = {section.split('\n')[0]: re.findall(r'```python\n(.*?)```', section, re.DOTALL)
             for section in PAGE.split('\n## ')[1:]}
 CLIENTS = {'accelerate', 'peft', 'pytorch_grad_cam', 'torchao'}  # the others come with the extra `test`
-LONG = {'Compile ahead of time with AOTInductor'}
+LONG = ('Export', 'Compile')
 same = torch.testing.assert_close
 
 
@@ -75,7 +75,7 @@ def check_channels(model, pyramid, **_):
     assert [tuple(level.shape) for level in pyramid] == [
         (1, 32, 25, 35), (1, 48, 13, 18), (1, 64, 7, 9), (1, 96, 4, 5)]
     conv, rgb = model.stem.convs[0].weight, fresh().stem.convs[0].weight
-    same(conv, rgb[:, [0, 1, 2, 0]] * .75)
+    same(conv, rgb[:, [0, 1, 2, 0]] * .75, rtol=1e-3, atol=1e-4)
 
 
 def check_attention(short, long, row, column, **_):
@@ -147,10 +147,10 @@ CHECKS = {
 def cases():
     for title, snippets in SECTIONS.items():
         for i, (snippet, check) in enumerate(zip(snippets, CHECKS[title], strict=True)):
-            marks = [pytest.mark.filterwarnings('ignore:`torch.jit.trace')]
+            marks = [pytest.mark.filterwarnings('ignore:There is a performance drop')]  # in vmap
             if packages(snippet) & CLIENTS:
                 marks = [pytest.mark.clients, pytest.mark.filterwarnings('default')]
-            if title in LONG:
+            if title.startswith(LONG):
                 marks.append(pytest.mark.slow)
             yield pytest.param(snippet, check, marks=marks, id=title + ', again' * i)
 
