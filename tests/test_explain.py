@@ -302,7 +302,7 @@ def test_a_compiled_model_stays_compiled():
         assert torch.equal(model(image), out) and len(frames) == compiled
 
 
-@pytest.mark.filterwarnings('ignore:`torch.jit.trace')
+@pytest.mark.filterwarnings('ignore:.torch.jit.trace', 'ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize('at, image, model, match', [
     ((1.1, 0), (1, 3, 64, 64), small, r'`at` needs two numbers from 0 to 1, got \(1\.1, 0\)\. Pass x / width'),
     ((0, -.1), (1, 3, 64, 64), small, r'got \(0, -0\.1\)'),
