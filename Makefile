@@ -50,12 +50,12 @@ py313:
 	@echo "Left out: the tests with Python 3.13. There is no python3.13 on the path."
 endif
 
-# The tests inside segmentation-models-pytorch, torchvision, transformers, ... (tests/clients). Two of them need an
-# environment of their own.
+# The tests inside segmentation-models-pytorch, torchvision, transformers, ... Two of them need an environment of their
+# own.
 clients: $(VENV)/clients $(VENV)-terratorch/clients $(VENV)-mmpretrain/clients
 	REQUIRE_CLIENTS=1 $(VENV)-terratorch/bin/python -m pytest tests/clients/test_terratorch.py
 	REQUIRE_CLIENTS=1 $(VENV)-mmpretrain/bin/python -m pytest tests/clients/test_mmpretrain.py
-	REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m clients tests/clients \
+	REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m clients tests \
 		--ignore tests/clients/test_terratorch.py --ignore tests/clients/test_mmpretrain.py
 
 check: $(VENV)/test
