@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
 from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
 from .convert import check_head, check_variant, convert_state_dict, is_foreign
-from .layers import CrossFormerBlock, CrossScaleEmbed
+from .layers import CrossFormerBlock, CrossScaleEmbed, Permute
 from .layers.parts import add_in_parts, goes_in_parts
 from .ops.grouping import LDA_GROUPINGS
 
@@ -243,7 +243,9 @@ class CrossFormer(nn.Module):
             for i in range(stages)
         ])
         self._set_groups(group_size, lda_group_size, interval, lda_grouping, fit_groups)
+        self.to_tokens = Permute(0, 2, 3, 1)
         self.norm = norm(self.num_features, **dd) if stage_norm else nn.Identity()
+        self.to_map = Permute(0, 3, 1, 2)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.apply(_init_weights)
@@ -447,7 +449,7 @@ class CrossFormer(nn.Module):
 
     def _normalize(self, x: Tensor) -> Tensor:
         """Apply the final norm to a map [B, C, H, W]."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.to_map(self.norm(self.to_tokens(x)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last map, normed: [B, C, ceil(H / 32), ceil(W / 32)] from an image [B, in_chans, H, W]."""
