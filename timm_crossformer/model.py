@@ -344,6 +344,10 @@ class CrossFormer(nn.Module):
                 check_head(own, self)
             return super().load_state_dict(own, strict, assign)
 
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        _check_part(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Do nothing: there are no buffers."""
@@ -476,6 +480,10 @@ class CrossFormerFeatures(FeatureListNet):
         with _any_origin(state_dict, self, strict) as own:
             return super().load_state_dict(own, strict, assign)
 
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        _check_part(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'return_layers':
             value = {layer.replace('.', '_'): index for layer, index in value.items()}
@@ -492,6 +500,15 @@ def _any_origin(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -
         if not isinstance(e, ValueError):  # of PyTorch, not ours
             check_variant(own, model)
         raise
+
+
+def _check_part(state_dict: Mapping[str, Any], prefix: str, model: nn.Module) -> None:
+    """Where the model is part of another module, name the variant that weights of other shapes belong to."""
+    if prefix:
+        expected = model.state_dict(keep_vars=True)
+        own = {key[len(prefix):]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        if any(key in expected and tensor.shape != expected[key].shape for key, tensor in own.items()):
+            check_variant(own, model)
 
 
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax', '')
