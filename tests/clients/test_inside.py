@@ -38,8 +38,8 @@ def _thop(client, model, x):
 
 
 def _torchinfo(client, model, x):
-    # By its rule a module counts its parameters once for each entry of the first dimension, a convolution for each pixel:
-    # not for each token.
+    # By its rule a module counts its parameters once for each entry of the first dimension, so a linear layer not for
+    # each token; a convolution for each pixel.
     def counted(model):
         counts = []
 

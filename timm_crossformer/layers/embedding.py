@@ -69,7 +69,7 @@ class CrossScaleEmbed(nn.Module):
 
 
 @torch.jit.unused
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+def convolve(conv: Any, x: Tensor) -> Tensor:
     """Convolve x [B, C, H, W] in the form that suits the device, unless `conv` is no more what we made of it."""
     if isinstance(x, torch.fx.Proxy) or not _is_usual(conv):
         return conv(x)

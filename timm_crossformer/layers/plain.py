@@ -1,5 +1,4 @@
-"""The questions before a way past the modules is taken: parts of wide maps, the kernel of a table of biases, other forms
-of a convolution.
+"""The questions before a way past the modules: parts of wide maps, the kernel of a table, a convolution in other forms.
 
 Whoever replaces, hooks or patches a layer gets every call of it: then neither way is taken.
 """
