@@ -121,6 +121,39 @@ def test_compiled_for_training_gradients_are_the_same():
         torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item() + 1e-4)
 
 
+def _small_and_compiled(**args):
+    model = lively(timm.create_model(
+        'test_crossformer', num_classes=10, depths=(2,), embed_dim=32, num_heads=(2,), interval=(2,), group_size=3))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return model, torch.compile(model, **args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('dynamic', 'graphs'), [(None, [1, 2, 2]), (True, [1, 1, 1])], ids=str)
+def test_compiled_for_training_few_graphs_serve_all_sizes(dynamic, graphs):
+    model, compiled = _small_and_compiled(backend='aot_eager', dynamic=dynamic)
+    seen = []
+    for h, w in ((37, 29), (64, 48), (33, 65)):
+        x = noise(2, 3, h, w)
+        grads = [torch.autograd.grad(net(x).square().sum(), list(model.parameters())) for net in (compiled, model)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item() + 1e-4)
+        seen.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert seen == graphs
+    assert not torch._dynamo.utils.counters['graph_break']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('args', [dict(mode='max-autotune-no-cudagraphs'), dict(dynamic=True)], ids=str)
+def test_ways_of_compiling(args):
+    model, compiled = _small_and_compiled(**args)
+    with torch.no_grad():
+        for h, w in ((37, 29), (64, 48)):
+            x = noise(2, 3, h, w)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_inductor():
     model, x = shallow(num_classes=10), noise(2, 3, 72, 50)

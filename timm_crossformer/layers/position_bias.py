@@ -96,6 +96,7 @@ def group_offsets(height: int, width: int, legacy_size: Optional[Tuple[int, int]
         # Weights trained that way need the same slip.
         rows, cols = legacy_size
         entry = (dy + rows - 1) * (2 * cols - 1) + dx + cols - 1
-        row, col = divide(entry, 2 * cols + 1)
-        dy, dx = row - rows, col - cols
+        above = height + width  # rows of the lookup: some converters round the quotient of a negative number towards 0
+        row, col = divide(entry + above * (2 * cols + 1), 2 * cols + 1)
+        dy, dx = row - above - rows, col - cols
     return torch.stack([dy, dx], dim=-1).float()
