@@ -45,8 +45,6 @@ def run_part(what: str, args: argparse.Namespace) -> List[Row]:
     if args.device == 'cuda':
         chosen.setdefault('threads', (1,))  # of the CPU, which only launches
     sets = [cases for plan in plans for cases in replace(plan, **chosen).sets(args.dtype, args.device)]
-    if what == 'memory':  # nothing takes turns
-        sets = [[case for cases in sets for case in cases]]
     found: List[Row] = []
     with tqdm(total=sum(map(len, sets)), unit='case', desc=what, disable=None) as bar:
         for cases in sets:

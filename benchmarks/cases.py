@@ -179,7 +179,10 @@ def same_networks(cases: Sequence[Case]) -> Iterator[Tuple[Case, Case]]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Cases of one part. With `turns` 'models' all models and modes take turns, with 'sizes' all sizes of one model."""
+    """Cases of one part.
+
+    turns: 'models', all models and modes take turns; 'sizes', all sizes of one model; 'none', all cases are one run.
+    """
 
     models: Sequence[str]
     sizes: Sequence[str] = ('224',)
@@ -194,9 +197,9 @@ class Plan:
         sets: Dict[Tuple, List[Case]] = {}
         for threads, size, batch, model, mode in itertools.product(
                 self.threads, self.sizes, self.batch, self.models, self.modes):
-            key = (threads, model, mode, batch) if self.turns == 'sizes' else (threads, size, batch)
             case = Case(model, self.task, mode, size, batch, dtype, device, threads)
-            sets.setdefault(key, []).append(case)
+            keys = {'models': (threads, size, batch), 'sizes': (threads, model, mode, batch), 'none': ()}
+            sets.setdefault(keys[self.turns], []).append(case)
         return list(sets.values())
 
 
@@ -212,6 +215,7 @@ PLANS = {
         Plan([*OURS[:3], LINEAR[0]], _TO_DETECTION, threads=(1,), turns='sizes'),
         Plan(LINEAR, ['512', '2048'], threads=(2,), turns='sizes'),
     ],
-    'memory': [Plan([*OURS[:3], *LINEAR, SWIN], ['512', '800x1344', '1024', '2048'], task='features', threads=(2,))],
+    'memory': [Plan([*OURS[:3], *LINEAR, SWIN, CONVNEXT], ['512', '800x1344', '1024', '2048'], task='features',
+                    threads=(2,), turns='none')],
     'compile': [Plan([SMALL], batch=(1, 8), modes=MODES, threads=(2,))],
 }

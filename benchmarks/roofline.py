@@ -15,13 +15,11 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import pandas as pd
 import timm
 import torch
-import torch.nn.functional as F
 from cases import CONVNEXT, DTYPES, OURS, SWIN, TAKES_IMG_SIZE, pixels_of
 from operators import KINDS, OTHERS, kind_of
 from rows import RESULTS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -35,21 +33,8 @@ CARDS = {
 }
 LAUNCH = 5e-6  # seconds of an operator that does nothing, in eager mode; assumed, no data sheet has it
 FEW = 20_000
-MODELS = [*OURS[:3], SWIN, CONVNEXT]
+MODELS = [*OURS[:3], SWIN, CONVNEXT]  # none calls PyTorch's fused attention, which fake tensors would take apart
 SHAPES = [('224', 1), ('224', 8), ('224', 128), ('800x1344', 1)]
-
-
-class _Fused(TorchFunctionMode):
-    """Keep scaled dot product attention one operator, as it is on a card; fake tensors would take it apart."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        mask, scale = kwargs.get('attn_mask'), kwargs.get('scale')
-        if mask is not None:
-            mask = mask.expand(*args[0].shape[:-1], args[1].shape[-2])
-        return torch.ops.aten._scaled_dot_product_efficient_attention(*args, mask, False, scale=scale)[0]
 
 
 class Operators(TorchDispatchMode):
@@ -89,7 +74,7 @@ def count(model: str, size: str, batch: int, dtype: str) -> pd.DataFrame:
         network._apply(lambda x: torch.empty(
             x.shape, dtype=DTYPES[dtype] if x.is_floating_point() else x.dtype, device='cuda'))
         image = torch.empty(batch, 3, *pixels, dtype=DTYPES[dtype], device='cuda')
-        with Operators() as operators, _Fused():
+        with Operators() as operators:
             network(image)
     return pd.DataFrame(operators.notes, columns=['kind', 'flops', 'bytes', 'launches'])
 
