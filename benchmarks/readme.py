@@ -13,24 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
+import cases
 import pandas as pd
 import rows
 import targets as goals
 import versions as ci
-from cases import (
-    BIRDER,
-    CONVNEXT,
-    LUCIDRAINS,
-    OURS,
-    PEERS,
-    PP_SMALL,
-    SIZES,
-    SMALL,
-    SMALL_TRAINED,
-    SWIN,
-    VIT_PYTORCH,
-    size_contestants,
-)
+from cases import BIRDER, OURS, PP_SMALL, SIZES, SWIN, VIT_PYTORCH, size_contestants
 from rows import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -111,47 +99,32 @@ def note(results: Path) -> str:
 
 
 @table
-def glance(results: Path) -> str:
-    """Five models, ours and the best known peers: speed and memory on the CPU that was measured last."""
-    small = rows.latest(rows.read(results, 'infer', size='224', task='logits', mode='eager'))
-    large = rows.latest(rows.read(results, 'infer', size='800x1344', task='features', mode='eager'))
-    memory = rows.latest(rows.read(results, 'memory', size='800x1344', task='features'))
-    machine = rows.machines(small)[:1]
-    threads = small['threads'].max()
-    small, large = (rows.pick(found[found['hardware'].isin(machine)], threads=threads) for found in (small, large))
-    rates = small.assign(rate=1e3 * small['batch'] / small['median_ms']).pivot(
-        index='contestant', columns='batch', values='rate').reindex(columns=[1, 8])
-    facts = small.drop_duplicates('contestant').set_index('contestant')
-    names = [name for name in [*OURS[:3], SWIN, CONVNEXT] if name in facts.index]
-    times, peaks = large.set_index('contestant')['median_ms'], memory.set_index('contestant')['peak_mib']
-    what = f'fp32, {threads_words(threads)} ({hardware(small)})'
-    return markdown(pd.DataFrame({
-        what: [short(name) for name in names],
-        'params (M)': _text(facts['params_m'].reindex(names), '{:.1f}').to_list(),
-        'GMACs': _text(facts['gmacs'].reindex(names), '{:.2f}').to_list(),
-        'images/s at 224 px, one by one': _text(rates[1].reindex(names), '{:.1f}').to_list(),
-        'images/s at 224 px, batch 8': _text(rates[8].reindex(names), '{:.1f}').to_list(),
-        'ms for the pyramid of 800x1344 px': _text(times.reindex(names), '{:.0f}').to_list(),
-        'peak MiB for it': _text(peaks.reindex(names), '{:.0f}').to_list(),
-    }), 'python benchmarks/bench.py infer')
-
-
-@table
-def speed(results: Path) -> str:
-    """Inference at 224 px: images per second and share of the matrix rate, by threads and batch."""
-    measured = rows.latest(rows.read(results, 'infer', size='224', task='logits', mode='eager'))
-    measured = measured.assign(rate=1e3 * measured['batch'] / measured['median_ms'])
-    names = [name for name in (*OURS, *PEERS) if name in set(measured['contestant'])]
+def speed(results: Path, few: str = '') -> str:
+    """Inference of each network at 224 px and of a large image, and its memory; `few` for five of them, in short."""
+    infer = rows.read(results, 'infer', mode='eager')
+    measured = rows.latest(rows.pick(infer, size='224', task='logits'))
+    threads = measured['threads'].max()
+    measured = measured.assign(rate=1e3 * measured['batch'] / measured['median_ms']).set_index('contestant')
+    names = [name for name in ([*OURS[:3], SWIN, cases.CONVNEXT] if few else [*OURS, *cases.PEERS])
+             if name in measured.index]
     if not names:
         return markdown(pd.DataFrame(), 'python benchmarks/bench.py infer')
-    facts = measured.drop_duplicates('contestant').set_index('contestant').loc[names]
-    body = {f'224 px, fp32 ({hardware(measured)})': [short(name) for name in names],
+    facts = measured[~measured.index.duplicated()].loc[names]
+    body = {f'fp32, 224 px ({hardware(measured)})': [short(name) for name in names],
             'params (M)': _text(facts['params_m'], '{:.1f}'), 'GMACs': _text(facts['gmacs'], '{:.2f}')}
-    case = ''
-    for (threads, batch), cell in measured.groupby(['threads', 'batch']):
-        case, cell = f'{threads_words(threads)}, batch {batch}', cell.set_index('contestant').reindex(names)
-        body[f'img/s, {case}'] = _text(cell['rate'], '{:.1f}')
-    body[f'of matrix rate, {case}'] = _text(cell['gemm_share'], '{:.0%}')
+    for (n, batch), cell in measured.groupby(['threads', 'batch']):
+        if not few or n == threads:
+            body[f'img/s, {threads_words(n)}, batch {batch}'] = _text(cell['rate'].reindex(names), '{:.1f}')
+    case = {'size': '224', 'task': 'logits', 'batch': measured['batch'].max(), 'threads': threads}
+    if not few:  # of the last of these columns
+        body['of matrix rate'] = _text(cell['gemm_share'].reindex(names), '{:.0%}')
+        per_mac = [rows.ratio(infer, {**case, 'contestant': name}, {**case, 'contestant': SWIN}, per='macs')
+                   for name in names]
+        body['time per MAC over Swin'] = _text(pd.Series(per_mac, facts.index, dtype=float), '{:.2f}')
+    large = rows.latest(rows.pick(infer, size='800x1344', task='features', threads=threads)).set_index('contestant')
+    body['ms, 800x1344 px'] = _text(large['median_ms'].reindex(names), '{:.0f}')
+    peaks = rows.latest(rows.read(results, 'memory', size='800x1344')).set_index('contestant')['peak_mib']
+    body['peak MiB, 800x1344 px'] = _text(peaks.reindex(names), '{:.0f}')
     return markdown(pd.DataFrame(body))
 
 
@@ -159,12 +132,13 @@ def speed(results: Path) -> str:
 def ratios(results: Path) -> str:
     """How much faster our models are than the peers of the same network, on each processor that was at hand."""
     infer, train = (rows.read(results, what) for what in ('infer', 'train'))
-    same = [(SMALL, BIRDER), (LUCIDRAINS, VIT_PYTORCH)]
-    cases = [(infer, *pair, 'logits', batch, f'inference, batch {batch}') for pair in same for batch in (1, 8)]
-    cases += [(train, *pair, 'train', 8, 'training step, batch 8') for pair in ((SMALL_TRAINED, BIRDER), same[1])]
+    same = [(ours, peer) for peer, ours in cases.PEER_OF_SAME_NETWORK.items()]
+    plan = [(infer, *pair, 'logits', batch, f'inference, batch {batch}') for pair in same for batch in (1, 8)]
+    plan += [(train, *pair, 'train', 8, 'training step, batch 8')
+             for pair in ((cases.SMALL_TRAINED, BIRDER), same[1])]
     body = []
     for machine in dict.fromkeys([*rows.machines(infer), *rows.machines(train)]):
-        for measured, ours, peer, task, batch, words in cases:
+        for measured, ours, peer, task, batch, words in plan:
             where = {'task': task, 'size': '224', 'batch': batch, 'hardware': machine}
             found = [rows.ratio(measured, {**where, 'contestant': peer, 'threads': threads},
                                 {**where, 'contestant': ours, 'threads': threads}) for threads in (1, 2)]
@@ -172,24 +146,6 @@ def ratios(results: Path) -> str:
                 body.append([short(ours), short(peer), words, *_faster(*found), machine])
     head = ['the same network', 'against', 'at 224 px', 'faster, 1 thread', 'faster, 2 threads', 'on']
     return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/bench.py infer')
-
-
-@table
-def per_mac(results: Path) -> str:
-    """Time per multiply-add over that of swin_tiny."""
-    measured = rows.read(results, 'infer', mode='eager')
-    body = []
-    for case, some in measured.groupby(['threads', 'size', 'batch', 'task']):
-        where = dict(zip(['threads', 'size', 'batch', 'task'], case, strict=True))
-        for name in some['contestant'].unique():
-            value = rows.ratio(some, {**where, 'contestant': name}, {**where, 'contestant': SWIN}, per='macs')
-            if value and name != SWIN:
-                body.append([name, f'{case[1]} px, batch {case[2]}, {threads_words(case[0])}', f'{value:.2f}'])
-    cells = pd.DataFrame(body, columns=['name', 'case', 'value'])
-    cells = cells.pivot(index='name', columns='case', values='value')[cells['case'].unique()]
-    cells = cells.reindex([name for name in (*OURS, *PEERS) if name in cells.index])
-    cells.insert(0, 'time per MAC over that of swin_tiny', [short(name) for name in cells.index])
-    return markdown(cells, 'python benchmarks/bench.py infer')
 
 
 @table

@@ -3,21 +3,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import cases
 import pandas as pd
 import rows
-from cases import (
-    BIRDER,
-    LINEAR,
-    LUCIDRAINS,
-    OURS,
-    SIZES,
-    SMALL,
-    SMALL_TRAINED,
-    SWIN,
-    TINY,
-    VIT_PYTORCH,
-    size_contestants,
-)
+from cases import BIRDER, LINEAR, LUCIDRAINS, OURS, SIZES, SMALL, SWIN, VIT_PYTORCH, size_contestants
 
 Where = Dict[str, Any]
 
@@ -90,13 +79,13 @@ TARGETS = (
     Target('time per MAC over that of swin_tiny, 800x1344 (features): tiny, small, pp_small', .95, False, 'infer',
            _against(SWIN, *OURS[:3], **_LARGE), per='macs'),
     Target('share of the matrix rate, crossformer_tiny 224 B8', .72, True, 'infer',
-           [(TINY, {'contestant': TINY, **_B8}, None)], value='gemm_share'),
+           [(cases.TINY, {'contestant': cases.TINY, **_B8}, None)], value='gemm_share'),
     Target('time per MAC at 256 to 800x1344 over that at 224', 1.2, False, 'sizes',
            _growth('224', *size_contestants(False), sizes=_LARGER), per='macs'),
     Target('the same with fit_groups', 1.08, False, 'sizes',
            _growth('224', *size_contestants(True), sizes=_LARGER), per='macs'),
     Target('training step, 224 B8: crossformer_small faster than birder', 1.15, True, 'train',
-           _faster(SMALL_TRAINED, BIRDER, size='224', batch=8)),
+           _faster(cases.SMALL_TRAINED, BIRDER, size='224', batch=8)),
     Target('torch.compile faster than eager, 224 B1 and B8: small', 1., True, 'compile', [
         (f'batch {batch}', {'contestant': SMALL, 'batch': batch},
          {'contestant': SMALL, 'batch': batch, 'mode': 'compile'}) for batch in (1, 8)]),

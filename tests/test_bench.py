@@ -143,14 +143,6 @@ def test_peers_are_the_same_networks(peer, small_gemm):
 # ---- counting
 
 
-@pytest.mark.parametrize('name, gmacs', [
-    ('crossformer_tiny', 2.858),
-    pytest.param('crossformer_pp_small', 4.389, marks=pytest.mark.slow),
-])
-def test_macs_are_those_of_the_official_counter(name, gmacs):
-    assert cases.count_macs(Case(name)) / 1e9 == pytest.approx(gmacs, rel=.03)
-
-
 @pytest.mark.parametrize('fused', [True, False], ids=['fused', 'explicit'])
 def test_macs_hold_attention_whichever_way_it_runs(fused):
     from timm.layers import set_fused_attn, use_fused_attn

@@ -62,10 +62,8 @@ def test_tables_without_results_name_the_command(tmp_path, name):
 
 @pytest.mark.parametrize('name, holds', [
     ('variants', '| `crossformer_tiny` | 27.8 | 2.86 | 224 |'),
-    ('glance', '| swin_tiny | 30.7 | 5.02 |'),
-    ('speed', '224 px, fp32 (an abacus, torch 9.9) | params (M) | GMACs | img/s, 1 thread, batch 1 |'),
+    ('speed', '| fp32, 224 px (an abacus, torch 9.9) | params (M) | GMACs | img/s, 1 thread, batch 1 |'),
     ('ratios', '| crossformer_lucidrains | vit-pytorch CrossFormer | inference, batch 8 |'),
-    ('per_mac', '| crossformer_small |'),
     ('sizes', '| crossformer_small region |'),
     ('memory', '| crossformer_small map | 262 | 1075 | 1049 | 4194 |'),
     ('compiled', '| crossformer_small | 224 | 1 | 2 |'),
@@ -79,6 +77,14 @@ def test_tables_hold_the_results(made_up, name, holds):
     assert holds in text
     lines = text.splitlines()
     assert len({line.count('|') for line in lines}) == 1
+
+
+def test_five_networks_stand_in_short(made_up):
+    lines = readme.speed(made_up, 'few').splitlines()
+    assert [line.split(' | ')[0] for line in lines[2:]] == [
+        '| crossformer_tiny', '| crossformer_small', '| crossformer_pp_small', '| swin_tiny', '| convnext_tiny']
+    assert lines[0].endswith('batch 8 | ms, 800x1344 px | peak MiB, 800x1344 px |')
+    assert lines[5].endswith(' | 1075 |')
 
 
 def test_each_processor_has_its_ratios(tmp_path):
