@@ -149,7 +149,6 @@ def test_macs_hold_attention_whichever_way_it_runs(fused):
     was_fused = use_fused_attn()
     set_fused_attn(fused)
     try:
-        cases.prepare(TINY)()
         macs = cases.count_macs(TINY)
     finally:
         set_fused_attn(bool(was_fused))
@@ -314,7 +313,11 @@ def test_the_roofline_counts_what_a_card_would_run():
 
 
 def test_an_estimate_is_by_the_slowest_of_three(tmp_path, monkeypatch):
-    operators = pd.DataFrame({'flops': [312e9, 0, 0], 'bytes': [1, 2039e6, 0], 'launches': [1, 1, 1]})
-    times = roofline.estimate(operators, 'A100', 'bf16')
-    assert list(times.max(axis=1)) == pytest.approx([1e-3, 1e-3, roofline.LAUNCH])
-    assert list(times.idxmax(axis=1)) == ['computing', 'moving', 'launching']
+    operators = pd.DataFrame({
+        'kind': 'GELU', 'flops': [312e9, 0, 0], 'bytes': [1024, 2039e6, 0], 'launches': [1, 1, 1]})
+    assert list(roofline.estimate(operators, 'A100', 'bf16').idxmax(axis=1)) == ['computing', 'moving', 'launching']
+    monkeypatch.setattr(roofline, 'count', lambda *case: operators)
+    roofline.write(tmp_path, ['crossformer_small'], ['bf16'])
+    first = pd.read_csv(tmp_path / 'roofline.csv').iloc[0]
+    assert first['A100_ms_estimate'] == pytest.approx(1 + 1 + 1e3 * roofline.LAUNCH)
+    assert (first['kind'], first['launches'], first['gflops']) == ('GELU', 3, 312)
