@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_crossformer.layers import parts
-from timm_crossformer.layers.embedding import convolve
+from timm_crossformer.layers.convolution import convolve
 from timm_crossformer.ops import choose_backend, cpu, grouped_attention, operator, triton
 from timm_crossformer.ops.grouping import map_layout
 
