@@ -11,13 +11,14 @@ find = $(firstword $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyen
 PYTHON311 = $(or $(call find,3.11),$(PYTHON))
 PYTHON313 := $(call find,3.13)
 
-# As many workers as there are cores on a small machine; tests/conftest.py gives each of them its long tests first.
+# One pool of workers that stays busy: each starts with long tests and takes from the others when it is through, see
+# tests/running_order.py.
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --durations 10 --durations-min 2
 QUICK := not slow and not clients and not network
 
 .NOTPARALLEL:
-.PHONY: demo test test-all slow oldest py313 conformance package clients quick check style bench tables
+.PHONY: demo test test-all slow durations oldest py313 conformance package clients quick check style bench tables
 
 # Name what is on a photo; extract its feature pyramid, print the shapes, and draw photo and levels side by side.
 demo: $(VENV)/demo
@@ -36,6 +37,10 @@ quick: $(VENV)/test
 
 slow: $(VENV)/test
 	$(BIN)/python $(PYTEST) -m "slow and not clients and not network"
+
+# Record which tests are long, for the order they are run in.
+durations: $(VENV)/test
+	$(BIN)/python $(PYTEST) --record-durations -m "not clients and not network"
 
 # The quick tests with the oldest versions of everything that is needed.
 oldest: $(VENV)-oldest/test
