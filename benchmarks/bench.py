@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from timm_crossformer.layers import LDA_GROUPINGS  # importing the package registers the models
+from timm_crossformer.ops.grouping import LDA_GROUPINGS  # importing the package registers the models
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -59,8 +59,6 @@ DTYPES = {
 MODES = {
     'eager': 'as created',
     'compile': 'torch.compile',
-    'recomputed_bias': 'without the cache of position biases',
-    'frozen_bias': 'position biases kept without a look at the weights: what a free cache would give',
 }
 GEMM_SIDE = {'cpu': 2048, 'cuda': 8192}
 
@@ -137,14 +135,10 @@ def build(
         model = timm.create_model(name, **args)
     if not dtype.startswith('amp'):
         model = model.to(DTYPES[dtype])
-    model = model.to(device).train(task == 'train' or mode == 'recomputed_bias')
+    model = model.to(device).train(task == 'train')
     forward = model.detection_features if task == 'features' and name.startswith('birder/') else model
     if task == 'features' and name == VIT_PYTORCH:
         raise ValueError(f'{VIT_PYTORCH} returns logits only, got the task `features`. Leave it out of `--models`.')
-    if mode == 'frozen_bias':
-        for module in model.modules():
-            if type(module).__name__ == 'DynamicPosBias':
-                module.forward = functools.lru_cache(None)(module.forward)
     return model, forward
 
 
@@ -190,8 +184,7 @@ def prepare(case: Case) -> Callable[[], Any]:
 def count_macs(case: Case) -> float:
     """Run a case twice and count its multiply-adds, by torch's counter of operations, on tokens that exist.
 
-    Swin pads its map to whole windows: its count at 224, where it does not, is scaled by the area. The first run is not
-    counted: in evaluation our position biases are computed in that one alone.
+    Swin pads its map to whole windows: its count at 224, where it does not, is scaled by the area.
     """
     if case.contestant in PADS_WINDOWS and case.size != '224':
         height, width = case.pixels
@@ -710,7 +703,6 @@ _TO_DETECTION = SIZES[:SIZES.index('800x1344') + 1]
 _DETECTION = Plan([*OURS[:3], SWIN], ['800x1344'], task='features')
 _MEMORY = Plan(['crossformer_small', SWIN], ['800x1344', '1024'], task='features', threads=(2,))
 _MEMORY_GROWTH = Plan(['crossformer_small', *_GROWTH], ['512', '2048'], task='features', threads=(2,))
-_BIAS = Plan(['crossformer_tiny', 'crossformer_small'], modes=('eager', 'recomputed_bias', 'frozen_bias'))
 
 PLANS = {
     'infer': [Plan([*OURS, *PEERS], batch=(1, 8)), _DETECTION],
@@ -723,7 +715,6 @@ PLANS = {
         replace(_MEMORY, models=[*OURS[:3], SWIN]),
         replace(_MEMORY_GROWTH, models=[*_MEMORY_GROWTH.models, 'crossformer_small fit_groups=True', SWIN]),
     ],
-    'bias': [_BIAS],
     'compile': [Plan(['crossformer_small', SWIN], batch=(1, 8), modes=('eager', 'compile'), threads=(2,))],
 }
 QUICK_PLANS = {
@@ -736,7 +727,6 @@ QUICK_PLANS = {
         Plan(_GROWTH, ['512', '2048'], threads=(2,), turns='sizes'),
     ],
     'memory': [_MEMORY, _MEMORY_GROWTH],
-    'bias': [_BIAS],
     'compile': [replace(PLANS['compile'][0], models=['crossformer_small'])],
 }
 
@@ -807,7 +797,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     texts = {
         'infer': 'forward pass', 'train': 'forward, backward and optimizer step',
         'sizes': 'image sizes in turn: time and peak memory',
-        'memory': 'peak memory, one process per case', 'bias': 'with and without the cache of position biases',
+        'memory': 'peak memory, one process per case',
         'compile': 'eager against torch.compile', 'all': 'all parts',
     }
     for what, text in texts.items():

@@ -20,7 +20,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_crossformer  # registers the models
-from timm_crossformer.layers import LDA_GROUPINGS
+from timm_crossformer.ops.grouping import LDA_GROUPINGS
 
 BATCH = 250
 

@@ -103,7 +103,7 @@ def variants(results: Path, root: Path = ROOT) -> str:
         row['variant'] not in published, '_pp_' in row['variant'], float(row['gmacs'])))
     for row in order:
         mine = [record for record in records if record['tag'].partition('.')[0] == row['variant']]
-        stated = [record for record in mine if record['metrics']]
+        stated = [record for record in mine if record['metrics'] and not record.get('dense')]
         body.append([
             f'`{row["variant"]}`', f'{float(row["params_m"]):.1f}', f'{float(row["gmacs"]):.2f}', row['size'],
             '; '.join(_accuracy(metric) for record in stated for metric in record['metrics']),
@@ -111,6 +111,28 @@ def variants(results: Path, root: Path = ROOT) -> str:
         ])
     head = ['variant', 'params (M)', 'GMACs', 'at px', 'top-1 on ImageNet-1k (source)', 'licence of weights']
     return markdown(head, body, 'python benchmarks/bench.py variants')
+
+
+@table
+def weights(results: Path, root: Path = ROOT) -> str:
+    """Weights by name: metric, hosts and licence, from the manifest."""
+    words = {'drive': 'Google Drive', 'hub': 'Hugging Face Hub', 'package': 'this package', 'browser': 'Baidu'}
+    body = []
+    for record in json.loads((root / 'weights' / 'manifest.json').read_text(encoding='utf-8'))['weights']:
+        kinds = [source['kind'] for source in record['sources']]
+        hosts = [words.get(kind, kind) + ' by hand' * (kind == 'browser') for kind in kinds]
+        metrics = {}
+        for metric in record['metrics']:
+            metrics.setdefault(metric['source'], []).append(f'{metric["value"]} {metric["name"]}')
+        data = dict.fromkeys(metric['dataset'] for metric in record['metrics'])
+        body.append([
+            f'`{record["tag"]}`',
+            '; '.join(f'{", ".join(values)} ({source})' for source, values in metrics.items()),
+            '; '.join(data),
+            ', '.join(hosts),
+            record['license'],
+        ])
+    return markdown(['weights', 'metric (source)', 'on', 'hosts', 'licence'], body)
 
 
 def _accuracy(metric: Row) -> str:
@@ -245,25 +267,6 @@ def memory(results: Path) -> str:
     ]
     head = [f'peak MiB, feature pyramid, batch 1, fp32 ({hardware(measured)})', *columns]
     return markdown(head, body, 'python benchmarks/bench.py memory')
-
-
-@table
-def bias(results: Path) -> str:
-    """What position biases cost: as it is, recomputed on every call, and for nothing."""
-    rows = Results(results)
-    measured = rows.select('bias')
-    found = {(row['contestant'], row['threads'], row['mode']): row for row in measured}
-    body = []
-    for name, threads, mode in found:
-        if mode != 'eager':
-            continue
-        where = {'contestant': name, 'threads': threads}
-        cells = [rows.ratio('bias', {**where, 'mode': mode}, {**where, 'mode': 'frozen_bias'})
-                 for mode in ('eager', 'recomputed_bias')]
-        body.append([name, threads, found[name, threads, 'eager']['median_ms'],
-                     *(f'{cell - 1:+.1%}' if cell else '' for cell in cells)])
-    head = ['224 px, batch 1', 'threads', 'ms', 'over a cache that costs nothing', 'the same without a cache']
-    return markdown(head, body, 'python benchmarks/bench.py bias')
 
 
 @table

@@ -90,29 +90,6 @@ def test_a_training_step_changes_weights():
     assert not torch.equal(before, model.stem.convs[0].weight)
 
 
-@pytest.mark.parametrize('mode', ['recomputed_bias', 'frozen_bias'])
-def test_modes_of_position_bias_compute_the_same(mode):
-    plain = bench.prepare(TINY)()
-    run = bench.prepare(replace(TINY, mode=mode))
-    for _ in range(2):
-        torch.testing.assert_close(run(), plain)
-
-
-def test_without_a_cache_biases_are_computed_on_every_call(monkeypatch):
-    from timm_crossformer.layers import DynamicPosBias
-    calls = []
-    table = DynamicPosBias._table
-    monkeypatch.setattr(DynamicPosBias, '_table', lambda self, *size: calls.append(size) or table(self, *size))
-    counts = {}
-    for mode in ('eager', 'recomputed_bias', 'frozen_bias'):
-        run = bench.prepare(replace(TINY, mode=mode))
-        run()
-        calls.clear()
-        run()
-        counts[mode] = len(calls)
-    assert counts['eager'] == counts['frozen_bias'] == 0 < counts['recomputed_bias']
-
-
 def test_unknown_features_say_what_to_do():
     with pytest.raises(ValueError, match='Leave it out'):
         bench.prepare(replace(TINY, contestant=bench.VIT_PYTORCH, task='features'))

@@ -49,9 +49,9 @@ def run_json(capsys, *argv):
 
 def test_list(capsys):
     code, records = run_json(capsys, 'list')
-    assert code == cli.OK and {'tag', 'params', 'gmacs', 'metrics', 'hub'} <= set(records[0])
+    assert code == cli.OK and {'tag', 'params', 'gmacs', 'metrics', 'weights'} <= set(records[0])
     code, out, _ = run(capsys, 'list', '*tiny')
-    assert code == cli.OK and '27.8M' in out and '81.5' in out and hub.NAMESPACE in out and 'large' not in out
+    assert code == cli.OK and '27.8M' in out and '81.5' in out and 'drive' in out and 'large' not in out
     assert run(capsys, 'list', 'nothing')[0] == cli.USAGE
 
 
@@ -62,9 +62,37 @@ def test_convert_verify_push(capsys, source, tmp_path):
     assert facts['sha256'] == hub.sha256(directory / 'model.safetensors')
     assert {path.name for path in directory.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
     code, out, _ = run(capsys, 'verify', directory, '--against', source)
-    assert code == cli.OK and 'outputs differ by' in out and 'FAIL' not in out
+    assert 'outputs differ by' in out and out.count('FAIL') == 1 and 'FAIL  photo: a cat is shown' in out
+    assert code == cli.REFUSED  # random weights see none
     code, result = run_json(capsys, 'push', directory, 'me/model', '--dry-run')
     assert code == cli.OK and result['files']['model.safetensors'] == facts['size']
+
+
+@pytest.mark.parametrize('index, ok', [(281, True), (285, True), (280, False), (286, False), (None, False)], ids=str)
+@pytest.mark.parametrize('kwargs', [{}, {'in_chans': 1}, {'num_classes': 999}], ids=str)
+def test_verify_classifies_the_photo(capsys, tmp_path, index, ok, kwargs):
+    model = timm.create_model('test_crossformer', **{'num_classes': 1000, **kwargs})
+    if index is not None:
+        model.head.fc.bias.data[index] = 9.
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    hub.convert_file(tmp_path / 'x.pth', tmp_path / 'x')
+    code, report = run_json(capsys, 'verify', tmp_path / 'x')
+    photo = [check for check in report['checks'] if check['check'] == 'photo']
+    if 'num_classes' in kwargs:
+        assert not photo and code == cli.OK
+        return
+    if 'in_chans' in kwargs:
+        assert photo[0]['ok'] and photo[0]['detail'] == 'not tried with 1 channels'
+        return
+    assert [check['ok'] for check in photo] == [ok] and code == (cli.OK if ok else cli.REFUSED)
+    assert report['ok'] is ok and photo[0]['detail'].startswith('a cat is shown, seen are ')
+    assert run(capsys, 'push', tmp_path / 'x', 'me/x', '--dry-run')[0] == cli.OK
+
+
+def test_verify_without_the_photo_says_so(capsys, converted, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, 'photo_path', lambda: tmp_path / 'none.jpg')
+    code, out, _ = run(capsys, 'verify', converted)
+    assert code == cli.REFUSED and 'FAIL  photo: the photo of the package is missing' in out
 
 
 def test_convert_says_what_it_wrote_and_how_to_load_it(capsys, source, tmp_path):
@@ -105,9 +133,9 @@ def test_failed_check_exits_with_1(capsys, converted, tmp_path):
 
 def test_absent_weights_exit_with_3(capsys, monkeypatch, photo):
     monkeypatch.setattr(hub.huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-    monkeypatch.setattr(hub.huggingface_hub.constants, 'HF_HUB_CACHE', str(photo.parent))
+    monkeypatch.setenv('TIMM_CROSSFORMER_CACHE', str(photo.parent / 'store'))
     code, _, err = run(capsys, 'classify', photo, '--model', 'crossformer_tiny')
-    assert code == cli.NETWORK and 'timm-crossformer convert FILE DIR' in err
+    assert code == cli.NETWORK and 'timm-crossformer fetch crossformer_tiny.in1k --from FILE' in err
 
 
 @pytest.mark.parametrize('weights', ['file', 'directory'])
@@ -179,6 +207,12 @@ def test_exec_registers_the_variants(capsys, tmp_path, monkeypatch):
             run(capsys, 'exec', script, '--flag', code)
         assert e.value.code == code
     assert capsys.readouterr().out.startswith('True --flag 0')
+    script.write_text(
+        'import sys, torch\nprint("yacs.config.CfgNode" in str(torch.serialization.get_safe_globals()))\n')
+    before = torch.serialization.get_safe_globals()
+    code, out, _ = run(capsys, 'exec', script)
+    assert code == cli.OK and out == 'True\n'
+    assert set(torch.serialization.get_safe_globals()) == set(before)
     script.write_text('raise KeyError(1)\n')
     code, _, err = run(capsys, 'exec', script)
     assert code == cli.REFUSED and 'KeyError' in err

@@ -26,9 +26,10 @@ from timm_crossformer.convert import (
     infer_arguments,
     parse_state_dict,
     read_checkpoint,
+    safe_globals,
 )
-from timm_crossformer.crossformer import VARIANTS
 from timm_crossformer.hub import convert_file, load_model, verify_directory
+from timm_crossformer.variants import VARIANTS
 
 GOLDEN = Path(__file__).parent / 'golden'
 OFFICIAL_KEYS = json.loads((GOLDEN / 'official_keys.json').read_text())
@@ -181,8 +182,70 @@ def test_containers(container, official, small, tmp_path):
     assert same(model, small)
     model = fresh(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'checkpoint.pth'), num_classes=7))
     assert same(model, small)
-    assert same(fresh(checkpoint_path=str(tmp_path / 'checkpoint.pth')), small)
+    assert 'state_dict' not in model.pretrained_cfg
+    if container != 'yacs':
+        assert same(fresh(checkpoint_path=str(tmp_path / 'checkpoint.pth')), small)
     assert same(load_model(weights=tmp_path / 'checkpoint.pth'), small)
+
+
+def saved_by_timm(model, folder):
+    from argparse import Namespace
+
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    args = Namespace(model='test_crossformer', lr=0.1, output=Path('/data'), betas=(0.9, 0.99), extra=Namespace(x=[1]))
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = CheckpointSaver(
+        model, optimizer, args, ModelEmaV3(model), checkpoint_dir=str(folder), recovery_dir=str(folder))
+    saver.save_checkpoint(3, 78.)
+    return folder / 'last.pth.tar'
+
+
+def saved_by_lightning(model, folder):
+    lightning = pytest.importorskip('lightning.pytorch')
+
+    class Module(lightning.LightningModule):
+        def __init__(self, out=Path('/data'), names=('a', 'b')):
+            super().__init__()
+            self.save_hyperparameters()
+            self.model = model
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def training_step(self, batch):
+            return self.model(batch).sum() * 0
+
+    trainer = lightning.Trainer(
+        max_steps=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator='cpu',
+        callbacks=[lightning.callbacks.ModelCheckpoint(folder)], default_root_dir=folder)
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.zeros(1, 3, 32, 32)))
+    trainer.save_checkpoint(folder / 'x.ckpt')
+    return folder / 'x.ckpt'
+
+
+def saved_by_accelerate(model, folder):
+    accelerate = pytest.importorskip('accelerate')
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.prepare(model)
+    accelerator.save_state(str(folder / 'state'), safe_serialization=False)
+    return folder / 'state' / 'pytorch_model.bin'
+
+
+@pytest.mark.parametrize('save', [
+    saved_by_timm, pytest.param(saved_by_lightning, marks=pytest.mark.clients),
+    pytest.param(saved_by_accelerate, marks=pytest.mark.clients)], ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings('ignore')
+def test_training_checkpoints_as_the_libraries_write_them(save, small, tmp_path):
+    source = fresh()
+    source.load_state_dict(small.state_dict())
+    path = save(source, tmp_path)
+    model = fresh()
+    model.load_state_dict(read_checkpoint(path))
+    assert same(model, small)
+    convert_file(path, tmp_path / 'out')
+    assert same(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), small)
+    assert same(fresh(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=7)), small)
 
 
 def test_yacs_is_not_imported(official, tmp_path, monkeypatch):
@@ -191,6 +254,17 @@ def test_yacs_is_not_imported(official, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'yacs', None)
     config = read_checkpoint(tmp_path / 'c.pth')['config']
     assert config['MODEL']['SIZES'] == [4, 8] and not isinstance(config, CfgNode)
+
+
+def test_timm_reads_a_config_inside_with_our_stand_in_alone(official, small, tmp_path):
+    path = str(tmp_path / 'c.pth')
+    torch.save({'model': official, 'config': yacs_config()}, path)
+    before = set(torch.serialization.get_safe_globals())
+    with pytest.raises(RuntimeError, match=r'yacs\.config\.CfgNode'):  # its reader, its rule
+        fresh(checkpoint_path=path)
+    with safe_globals():
+        assert same(fresh(checkpoint_path=path), small)
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 @pytest.mark.parametrize('prefix', ['backbone.', 'module.backbone.'])
@@ -306,6 +380,84 @@ def test_dtype_is_kept(official):
     assert {tensor.dtype for tensor in parse_state_dict(half).state_dict.values()} == {torch.float16}
 
 
+# Names that models inside other models write
+
+def pyramid(**kwargs):
+    return fresh(features_only=True, **kwargs)
+
+
+NAMES = {
+    'pyramid': lambda sd: sd,
+    'ddp': lambda sd: {f'module.{key}': t for key, t in sd.items()},
+    'smp-encoder': lambda sd: {f'model.{key}': t for key, t in sd.items()},
+    'smp': lambda sd: {
+        **{f'encoder.model.{key}': t for key, t in sd.items()},
+        'decoder.blocks.0.conv1.0.weight': torch.ones(2), 'segmentation_head.0.bias': torch.ones(2)},
+    'lightning-smp': lambda sd: {
+        'state_dict': {**{f'model.encoder.model.{key}': t for key, t in sd.items()}, 'model.decoder.x': torch.ones(2)}},
+    'timm-backbone': lambda sd: {f'_backbone.{key}': t for key, t in sd.items()},
+    'transformers': lambda sd: {
+        **{f'model.backbone.model._backbone.{key}': t for key, t in sd.items()}, 'class_head.bias': torch.ones(2)},
+    'detector': lambda sd: {'state_dict': {**{f'backbone.{key}': t for key, t in sd.items()}, 'neck.x': torch.ones(2)}},
+}
+
+
+@pytest.mark.parametrize('names', list(NAMES))
+def test_weights_of_a_pyramid_come_home(names, small, tmp_path):
+    source = pyramid(num_classes=0)
+    source.load_state_dict(small.state_dict())
+    checkpoint = NAMES[names](source.state_dict())
+    body = {key: t for key, t in small.state_dict().items() if not key.startswith(('norm.', 'head.'))}
+
+    classifier = fresh()
+    with pytest.raises(CheckpointError, match=r'no final norm and no classifier.*strict=False'):
+        classifier.load_state_dict(checkpoint)
+    result = classifier.load_state_dict(checkpoint, strict=False)
+    assert sorted(result.missing_keys) == ['head.fc.bias', 'head.fc.weight', 'norm.bias', 'norm.weight']
+    assert not result.unexpected_keys
+    assert all(torch.equal(classifier.state_dict()[key], t) for key, t in body.items())
+
+    again = pyramid()
+    again.load_state_dict(checkpoint)
+    assert same(again, source)
+
+    torch.save(checkpoint, tmp_path / 'x.pth')
+    assert convert_file(tmp_path / 'x.pth', tmp_path / 'out')['dense']
+    home = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True)
+    assert same(home, source)
+
+
+@pytest.mark.parametrize('change', [dict(), dict(out_indices=(0, 1)), dict(out_indices=(1, 2))], ids=str)
+@pytest.mark.parametrize('names', ['own', 'official', 'container'])
+def test_a_pyramid_takes_what_it_has(names, change, small, official):
+    checkpoint = {
+        'own': small.state_dict(), 'official': official,
+        'container': {'model': {f'module.{k}': t for k, t in official.items()}}}[names]
+    model = pyramid(**change)
+    model.load_state_dict(checkpoint)
+    ours = small.state_dict()
+    assert all(torch.equal(t, ours[re.sub('^stages_', 'stages.', key)]) for key, t in model.state_dict().items())
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r'lacks 1 weights: stages\.0\.blocks\.0\.norm1\.bias'):
+        model.load_state_dict({k: t for k, t in checkpoint.items() if k != 'stages.0.blocks.0.norm1.bias'} if (
+            names == 'own') else {k: t for k, t in small.state_dict().items() if k != 'stages.0.blocks.0.norm1.bias'})
+
+
+@pytest.mark.clients
+@pytest.mark.filterwarnings('ignore')
+def test_names_are_those_that_the_libraries_write(small):
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    transformers = pytest.importorskip('transformers')
+    unet = smp.Unet('tu-test_crossformer', encoder_weights=None)
+    backbone = transformers.TimmBackbone(transformers.TimmBackboneConfig(
+        backbone='test_crossformer', out_indices=[0, 1, 2, 3], use_pretrained_backbone=False))
+    for source in (unet, unet.encoder, backbone):
+        model = timm.create_model('test_crossformer', features_only=True)
+        model.load_state_dict(source.state_dict())
+        inner = backbone._backbone if source is backbone else unet.encoder.model
+        assert same(model, inner)
+
+
 # What does not fit
 
 def meta_official(entry):
@@ -323,6 +475,55 @@ def meta_official(entry):
 def test_wrong_variant_is_named(model, source, message):
     with pytest.raises(CheckpointError, match=message):
         convert_state_dict(meta_official(source), timm.create_model(model, device='meta'))
+
+
+def own_of(variant, **kwargs):
+    return timm.create_model(variant, **kwargs).state_dict()
+
+
+@pytest.mark.parametrize('how', [
+    'state_dict', 'container', 'pyramid', 'checkpoint_path', 'safetensors', 'pth', 'features_only'])
+@pytest.mark.parametrize('model, source', [
+    ('crossformer_tiny', 'test_crossformer'), ('test_crossformer', 'crossformer_tiny'),
+    pytest.param('crossformer_base', 'crossformer_small', marks=pytest.mark.slow),
+    pytest.param('crossformer_small', 'crossformer_pp_small', marks=pytest.mark.slow),
+])
+def test_own_weights_of_another_variant_get_the_same_hint(model, source, how, tmp_path):
+    weights = own_of(source)
+    path = tmp_path / ('x.safetensors' if how == 'safetensors' else 'x.pth')
+    save_file(weights, path) if how == 'safetensors' else torch.save(weights, path)
+    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    reason = r'ACL\)' if '_pp_' in source else 'It is of another variant'
+    with pytest.raises(CheckpointError, match=rf'{model}: \d+ .*{reason}: try {source}\.$'):
+        if how == 'state_dict':
+            timm.create_model(model).load_state_dict(weights)
+        elif how == 'container':
+            timm.create_model(model).load_state_dict({'state_dict': weights})
+        elif how == 'pyramid':
+            timm.create_model(model, features_only=True).load_state_dict(weights)
+        elif how == 'checkpoint_path':
+            timm.create_model(model, checkpoint_path=str(path))
+        else:
+            timm.create_model(model, features_only=how == 'features_only', **overlay)
+
+
+@pytest.mark.parametrize('how', ['lightning', 'own', 'convert'])
+@pytest.mark.parametrize('kwargs', [{}, {'cooling': True}, {'num_classes': 3, 'in_chans': 1}], ids=str)
+def test_a_hint_names_another_variant_only_if_it_is_another(how, kwargs, tmp_path):
+    model = timm.create_model('test_crossformer', **kwargs)
+    weights = {'criterion.weight': torch.ones(3), **{f'model.{key}': t for key, t in model.state_dict().items()}}
+    with pytest.raises(RuntimeError) as e:
+        if how == 'lightning':
+            model.load_state_dict({'state_dict': weights, 'pytorch-lightning_version': '2.6'})
+        elif how == 'own':
+            model.load_state_dict({**model.state_dict(), 'criterion.weight': torch.ones(3)})
+        else:
+            torch.save({'state_dict': weights}, tmp_path / 'x.pth')
+            convert_file(tmp_path / 'x.pth', tmp_path / 'out')
+    message = str(e.value)
+    assert 'criterion.weight' in message and 'another variant' not in message and 'try ' not in message
+    if how == 'lightning':
+        assert message.endswith('The rest of the checkpoint fits: take these keys out, or fetch it again.')
 
 
 def test_rest_is_listed_in_order(official):
@@ -446,6 +647,66 @@ def test_converted_directory_is_verified_and_loads(suffix, dtype, official, smal
     assert all(check['ok'] for check in verify_directory(tmp_path / 'out', source))
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     assert torch.equal(model.norm.weight, small.norm.weight.to(dtype or torch.float32).float())
+
+
+CONFIG = """
+optimizer = dict(type='AdamW', lr=0.0001)
+evaluation = dict(interval=1)
+model = dict(
+    type='EncoderDecoder',
+    backbone=dict(
+        type='CrossFormer_S',
+        group_size={groups},
+        crs_interval={intervals},
+        adaptive_interval=False),
+    neck=dict(type='FPN'))
+"""
+
+
+@pytest.mark.parametrize('style', ['pretty', 'lines', 'json', 'cfg', 'none', 'broken', 'short'])
+def test_groups_are_read_from_a_dense_checkpoints_config(style, official, tmp_path):
+    dense = {f'backbone.{key}': t for key, t in official_weights('det-crossformer_small').items()}
+    text = CONFIG.format(groups='[14, 14, 7, 7]', intervals='[16, 8, 2, 1]')
+    text = {
+        'lines': CONFIG.format(groups='[\n  14,\n  14,\n 7, 7\n]', intervals='(\n16, 8, 2, 1,)'),
+        'json': json.dumps({'model': {'backbone': {'group_size': [14, 14, 7, 7], 'crs_interval': [16, 8, 2, 1]}}}),
+        'none': 'model = dict()', 'broken': CONFIG.format(groups='__import__("os")', intervals='[0, 0, 0, 0]'),
+        'short': CONFIG.format(groups='[14, 14]', intervals='[16, 8]'),
+    }.get(style, text)
+    torch.save({'state_dict': dense, 'meta': {'cfg' if style == 'cfg' else 'config': text}}, tmp_path / 'fpn.pth')
+    large = {'group_size': (14, 14, 7, 7), 'interval': (16, 8, 2, 1)}
+    expected = {} if style in ('none', 'broken', 'short') else large
+    facts = convert_file(tmp_path / 'fpn.pth', tmp_path / 'out')
+    assert facts['model'] == 'crossformer_small' and facts['args'] == {'num_classes': 0, **expected}
+    assert facts['groups_from'] == ('checkpoint' if expected else 'default')
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True)
+    assert model.stages_0.blocks[0].attn.group_size == ((14, 14) if expected else (7, 7))
+    facts = convert_file(tmp_path / 'fpn.pth', tmp_path / 'other', interval=(4, 2, 1, 1))
+    assert facts['args'] == {'num_classes': 0, **expected, 'interval': (4, 2, 1, 1)}
+    assert facts['groups_from'] == 'option'
+    if expected:
+        overlay = dict(file=str(tmp_path / 'fpn.pth'))
+        with pytest.warns(UserWarning) as told:
+            timm.create_model('crossformer_small', pretrained=True, features_only=True, pretrained_cfg_overlay=overlay)
+        assert [str(w.message).split(',')[0] for w in told] == [
+            'The checkpoint was trained with group_size=(14', 'The checkpoint was trained with interval=(16']
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            timm.create_model(
+                'crossformer_small', pretrained=True, features_only=True, pretrained_cfg_overlay=overlay, **large)
+
+
+@pytest.mark.parametrize('groups, expected', [
+    ('[7, 7, 7, 7]', {}), ('[4, 4, 14, 7]', {'group_size': (4, 4, 14, 7)}),
+], ids=str)
+def test_groups_in_the_config_win_over_those_of_dense_plus_plus(groups, expected):
+    text = CONFIG.format(groups=groups, intervals='[8, 4, 2, 1]')
+    dense = {f'backbone.{key}': t for key, t in meta_official('det-crossformer_pp_small').items()}
+    name, args = parse_state_dict({'state_dict': dense, 'meta': {'config': text}}).variant()
+    default = {'group_size': 7} if not expected else {}
+    assert (name, args) == ('crossformer_pp_small', {
+        'num_classes': 0, 'interval': (8, 4, 2, 1), **default,
+        **{key: value for key, value in expected.items() if value != (4, 4, 14, 7)}})
 
 
 @pytest.mark.parametrize('damaged', ['hash', 'keys', 'nan', 'config', 'file', 'against'])

@@ -6,13 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_crossformer.layers.grouping import (
+from timm_crossformer.ops.grouping import (
     axis_layout,
     axis_segments,
     group_index,
     group_view,
     map_layout,
-    map_segments,
     nearest_divisor,
 )
 
@@ -51,8 +50,13 @@ def tokens(h, w):
     return torch.arange(h * w).view(1, h, w, 1)
 
 
+def segments(h, w, size, interval, grouping, fit=False):
+    rows, cols = map_layout(h, w, size, interval, grouping, fit)
+    return axis_segments(h, rows), axis_segments(w, cols)
+
+
 def groups_of_segments(h, w, size, interval, grouping, fit=False):
-    rows, cols = map_segments(h, w, size, interval, grouping, fit)
+    rows, cols = segments(h, w, size, interval, grouping, fit)
     groups = []
     for row, col in itertools.product(rows, cols):
         groups += group_view(tokens(h, w), row, col).reshape(-1, row[2] * col[2]).tolist()
@@ -101,7 +105,7 @@ def test_segments_cover_an_axis_once_with_equal_groups(n, size, interval, groupi
 def test_writing_through_the_view_undoes_grouping(size, grouping):
     x = torch.randn(2, *size, 3)
     out = torch.full_like(x, torch.nan)
-    rows, cols = map_segments(*size, (4, 4), 3, grouping, False)
+    rows, cols = segments(*size, (4, 4), 3, grouping)
     for row, col in itertools.product(rows, cols):
         groups = group_view(x, row, col).reshape(-1, row[2] * col[2], 3)
         target = group_view(out, row, col)

@@ -14,7 +14,7 @@ from hub_server import HubServer
 import timm_crossformer  # noqa: F401
 from timm_crossformer import hub
 from timm_crossformer.convert import CheckpointError
-from timm_crossformer.hub import NAMESPACE, FetchError, convert_file, load_model, push_directory
+from timm_crossformer.hub import FetchError, convert_file, load_model, push_directory
 
 REPO = 'someone/small-cross'
 
@@ -167,7 +167,9 @@ def test_damaged_file_on_the_hub_is_one_message(hosted, damage):
     'missing', 'no-permission', 'offline',
     pytest.param('unreachable', marks=pytest.mark.slow),  # the client tries for long
 ])
-def test_absent_default_weights_give_one_message_with_two_commands(server, monkeypatch, case):
+def test_absent_weights_of_an_account_give_one_message(server, monkeypatch, tmp_path, case):
+    monkeypatch.setenv('TIMM_CROSSFORMER_HUB', 'someone')
+    monkeypatch.setenv('TIMM_CROSSFORMER_CACHE', str(tmp_path / 'store'))
     if case == 'no-permission':
         server.token = 'hf_secret'
     elif case == 'offline':
@@ -176,12 +178,33 @@ def test_absent_default_weights_give_one_message_with_two_commands(server, monke
         nowhere = 'http://127.0.0.1:9/{repo_id}/{revision}/{filename}'
         monkeypatch.setattr(huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', nowhere)
     with pytest.raises(FetchError) as e:
-        timm.create_model('crossformer_tiny', pretrained=True)
+        timm.create_model('crossformer_pp_small', pretrained=True)
     message = str(e.value)
-    assert f'model.safetensors of {NAMESPACE}/crossformer_tiny.in1k at {server.endpoint}' in message
-    assert 'timm-crossformer convert FILE DIR' in message and 'export TIMM_CROSSFORMER_HUB=' in message
+    if case != 'offline':
+        assert f'model.safetensors of someone/crossformer_pp_small.in1k at {server.endpoint}' in message
+    assert 'timm-crossformer fetch crossformer_pp_small.in1k --from FILE' in message
     happened = {'missing': '404', 'no-permission': '401', 'offline': 'HF_HUB_OFFLINE', 'unreachable': 'Hub'}
     assert happened[case] in message
+
+
+def test_absent_weights_of_a_repository_give_one_message(server):
+    server.repos[REPO] = {'config.json': b'{"architecture": "test_crossformer", "pretrained_cfg": {}}'}
+    with pytest.raises(FetchError, match=rf'(?s)of {REPO} at http.*404.*convert FILE DIR.*hf download {REPO}'):
+        timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_an_account_is_used_offline_once_its_file_is_here(server, monkeypatch, tmp_path):
+    monkeypatch.setenv('TIMM_CROSSFORMER_HUB', 'someone')
+    monkeypatch.setenv('TIMM_CROSSFORMER_CACHE', str(tmp_path / 'store'))
+    torch.save(timm.create_model('crossformer_tiny').half().state_dict(), tmp_path / 'x.pth')
+    convert_file(tmp_path / 'x.pth', tmp_path / 'x')
+    server.repos['someone/crossformer_tiny.in1k'] = {p.name: p.read_bytes() for p in (tmp_path / 'x').iterdir()}
+    hub.hub_file('someone/crossformer_tiny.in1k', 'model.safetensors')
+    server.requests.clear()
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    timm.create_model('crossformer_tiny', pretrained=True)
+    assert not server.requests
 
 
 def test_pytorch_bin_is_taken_where_there_is_no_safetensors(server, directory, tmp_path):
@@ -213,6 +236,12 @@ def test_birder_tag_has_its_groups_and_reads_birders_container(server, monkeypat
     tag = 'crossformer_small.birder_arabian_peninsula_256'
     with pytest.raises(FetchError, match='24feadef'):  # the manifest's hash is that of the real file
         timm.create_model(tag, pretrained=True)
+    assert not list((tmp_path / 'cache').rglob('*.pt'))  # nor is it kept
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, 'manifest', lambda: [])
+        timm.create_model(tag, pretrained=True)
+    with pytest.raises(FetchError, match='24feadef'):  # not from the cache either
+        timm.create_model(tag, pretrained=True)
     monkeypatch.setattr(hub, 'manifest', lambda: [])
     model = timm.create_model(tag, pretrained=True).eval()
     assert model.pretrained_cfg['mean'] == (0.5, 0.4, 0.3)
@@ -228,11 +257,6 @@ def test_untrained_model_has_no_pretrained_weights():
     assert 'crossformer_lucidrains' not in ' '.join(timm.list_pretrained('*crossformer*'))
     with pytest.raises(RuntimeError, match='No pretrained weights'):
         timm.create_model('crossformer_lucidrains', pretrained=True)
-
-
-def test_default_cfgs_point_to_one_namespace():
-    for tag in timm.list_pretrained('crossformer_*.in1k'):
-        assert timm.models.get_pretrained_cfg(tag).hf_hub_id == f'{NAMESPACE}/{tag}'
 
 
 @pytest.mark.slow
@@ -254,4 +278,4 @@ def test_end_to_end_in_fresh_processes(directory, tmp_path):
             fetched = subprocess.run(
                 [sys.executable, str(script)], env=dict(env, HF_HUB_OFFLINE=offline), capture_output=True, text=True,
                 check=True, cwd=Path(tmp_path))
-            assert fetched.stdout.split() == ['7', 'org/crossformer_tiny.in1k']
+            assert fetched.stdout.split() == ['7', 'None']

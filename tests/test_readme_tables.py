@@ -45,7 +45,7 @@ def test_committed_tables_are_those_of_the_committed_results():
     assert readme.main(['--check']) == 0, 'Run `python benchmarks/readme.py`.'
 
 
-@pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'csv_file', 'versions'}))
+@pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'csv_file', 'versions', 'weights'}))
 def test_tables_without_results_name_the_command(tmp_path, name):
     text = readme.TABLES[name](tmp_path)
     script = name if name in ('operators', 'peers') else 'bench'
@@ -60,7 +60,6 @@ def test_tables_without_results_name_the_command(tmp_path, name):
     ('sizes', '| crossformer_small region |'),
     ('size_memory', '| crossformer_small region | 1000 |'),
     ('memory', '| crossformer_small map | 262 | 1075 | 1049 | 4194 |'),
-    ('bias', '| crossformer_tiny | 1 |'),
     ('compiled', '| crossformer_small | 224 | 1 | 2 |'),
     ('targets', '| yes |'),
     ('operators', '| vit-pytorch CrossFormer | inference, 224 px, batch 8 | 2 | 70 | 80 |'),
@@ -100,6 +99,25 @@ def test_accuracy_comes_from_the_manifest(made_up, tmp_path):
         '{"name": "top-1", "value": 81.5, "dataset": "ImageNet-1k validation", "source": "paper"}, '
         '{"name": "top-5", "value": 99, "dataset": "CIFAR-10", "source": "log"}]}]}')
     assert '| 81.5 (paper); 99 top-5 on CIFAR-10 (log) | MIT |' in readme.variants(made_up, tmp_path)
+
+
+def test_weights_come_from_the_manifest(tmp_path):
+    (tmp_path / 'weights').mkdir()
+    (tmp_path / 'weights' / 'manifest.json').write_text(
+        '{"weights": [{"tag": "a.b", "license": "MIT", "sources": [{"kind": "drive"}, {"kind": "browser"}], '
+        '"metrics": ['
+        '{"name": "box AP", "value": 45.4, "dataset": "COCO", "source": "log"}, '
+        '{"name": "mask AP", "value": 41.4, "dataset": "COCO", "source": "log"}]}]}')
+    row = readme.weights(tmp_path, tmp_path).splitlines()[2]
+    assert row == '| `a.b` | 45.4 box AP, 41.4 mask AP (log) | COCO | Google Drive, Baidu by hand | MIT |'
+
+
+def test_backbones_are_no_classifiers_in_the_table_of_variants(made_up, tmp_path):
+    (tmp_path / 'weights').mkdir()
+    (tmp_path / 'weights' / 'manifest.json').write_text(
+        '{"weights": [{"tag": "crossformer_tiny.x", "license": "MIT", "dense": true, "metrics": ['
+        '{"name": "mIoU", "value": 46.4, "dataset": "ADE20K", "source": "log"}]}]}')
+    assert 'mIoU' not in readme.variants(made_up, tmp_path)
 
 
 def test_a_csv_file_is_shown_whole_or_by_column(tmp_path):

@@ -147,9 +147,9 @@ def test_bundled_weights_are_those_that_were_measured():
     from timm_crossformer.hub import manifest, sha256, weights_dir
 
     record = next(record for record in manifest() if record['tag'] == 'test_crossformer.cifar10')
-    weights = weights_dir() / record['bundled']
-    assert (record['size'], record['sha256']) == (weights.stat().st_size, sha256(weights))
-    assert record['size'] < 4e6
+    weights, (source,) = weights_dir() / record['bundled'], record['sources']
+    assert (source['size'], source['sha256']) == (weights.stat().st_size, sha256(weights))
+    assert source['size'] < 4e6
     results = SCRIPT.parent / 'results' / 'train' / 'test_crossformer.cifar10'
     with open(results / 'accuracy.csv', newline='') as file:
         row, = csv.DictReader(file)

@@ -9,14 +9,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_crossformer  # noqa: F401
 from timm_crossformer import hub
-from timm_crossformer.crossformer import VARIANTS, default_cfgs
+from timm_crossformer.config import per_stage
+from timm_crossformer.crossformer import default_cfgs
+from timm_crossformer.variants import VARIANTS
 
 RECORDS = hub.manifest()
 FIELDS = {
-    'tag': str, 'origin': str, 'origin_url': (str, type(None)), 'hub': (str, type(None)), 'file': str,
-    'bundled': (str, type(None)),
-    'license': str, 'size': (int, type(None)), 'sha256': (str, type(None)), 'params': int, 'gmacs': float,
-    'metrics': list, 'notes': str,
+    'tag': str, 'origin': str, 'origin_url': (str, type(None)), 'sources': list, 'bundled': (str, type(None)),
+    'dense': bool, 'license': str, 'digest': (str, type(None)), 'group_size': list, 'interval': list,
+    'lda_grouping': str, 'params': int, 'gmacs': float, 'metrics': list, 'notes': str,
+}
+SOURCES = {
+    'drive': {'id': r'[\w-]{33}'}, 'flowvision': {'name': r'crossformer_\w+_patch4_group7_224\.zip'},
+    'hub': {'id': r'[\w-]+/[\w.-]+', 'file': r'[\w.-]+', 'revision': r'\w+'}, 'package': {'file': r'[\w.-]+'},
+    'browser': {'url': r'https://pan\.baidu\.com/s/1[\w-]{22}', 'code': r'\w{4}'},
 }
 
 
@@ -29,7 +35,15 @@ def test_record_has_the_schema(record):
     assert set(FIELDS) <= set(record) <= {*FIELDS, 'cfg'}
     for name, kind in FIELDS.items():
         assert isinstance(record[name], kind), name
-    assert record['sha256'] is None or re.fullmatch('[0-9a-f]{64}', record['sha256'])
+    assert record['digest'] is None or re.fullmatch('[0-9a-f]{64}', record['digest'])
+    assert record['sources']
+    for source in record['sources']:
+        fields = SOURCES[source['kind']]
+        hashes = set() if source['kind'] == 'browser' else {'sha256', 'size'}
+        assert set(source) == {'kind', *fields, *hashes}
+        assert all(re.fullmatch(pattern, source[name]) for name, pattern in fields.items()), source
+        assert source.get('sha256') is None or re.fullmatch('[0-9a-f]{64}', source['sha256'])
+        assert source.get('size') is None or source['size'] > 0
     assert (record['origin_url'] or '').startswith('https://') or record['bundled']
     for metric in record['metrics']:
         assert set(metric) == {'name', 'value', 'dataset', 'source'}
@@ -46,11 +60,29 @@ def test_one_record_per_tag_with_weights():
 @pytest.mark.parametrize('record', RECORDS, ids=ids)
 def test_record_agrees_with_the_registry(record):
     cfg = timm.models.get_pretrained_cfg(record['tag'])
+    kinds = {source['kind']: source for source in record['sources']}
     if record['bundled']:
-        assert Path(cfg.file) == hub.weights_dir() / record['bundled']
+        assert Path(cfg.file) == hub.weights_dir() / record['bundled'] and 'package' in kinds
+    elif 'hub' in kinds:
+        assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (kinds['hub']['id'], kinds['hub']['file'])
     else:
-        assert cfg.hf_hub_id == record['hub'].replace('$NAMESPACE', hub.NAMESPACE)
-        assert (cfg.hf_hub_filename or hub.WEIGHTS_NAME) == record['file']
+        assert cfg.hf_hub_id is None and cfg.url == f'timm-crossformer:{record["tag"]}'
+        assert (cfg.num_classes == 0) == record['dense']
+        assert ('drive' in kinds) == ('_pp_' not in record['tag']) and 'browser' in kinds
+
+
+@pytest.mark.parametrize('record', RECORDS, ids=ids)
+def test_groups_are_those_of_the_model(record):
+    model = timm.create_model(record['tag'], device='meta')
+    assert per_stage('g', model.group_size, 4) == record['group_size']
+    assert per_stage('i', model.interval, 4) == record['interval']
+    assert model.lda_grouping == record['lda_grouping']
+
+
+def test_no_two_records_name_one_file():
+    seen = [source.get('id') or source['url'] for record in RECORDS for source in record['sources']
+            if source['kind'] in ('drive', 'browser') and 'huge' not in record['tag']]
+    assert len(set(seen)) == len(seen)
 
 
 @pytest.mark.parametrize('record', RECORDS, ids=ids)
@@ -77,10 +109,11 @@ def test_birder_hashes_and_sizes_are_those_of_birders_registry():
     records = [record for record in RECORDS if record['origin'] == 'birder']
     assert len(records) == 2
     for record in records:
-        published = registry.get_pretrained_metadata(record['file'].removesuffix('.pt'))
-        assert record['sha256'] == published['formats']['pt']['sha256']
+        source, = record['sources']
+        published = registry.get_pretrained_metadata(source['file'].removesuffix('.pt'))
+        assert source['sha256'] == published['formats']['pt']['sha256']
         assert f'{published["formats"]["pt"]["file_size"]} MB' in record['notes']
-        assert record['hub'] in published['url']
+        assert source['id'] in published['url']
         size = timm.models.get_pretrained_cfg(record['tag']).input_size
         assert size[1:] == tuple(published['resolution'])
 
@@ -88,7 +121,8 @@ def test_birder_hashes_and_sizes_are_those_of_birders_registry():
 @pytest.mark.parametrize('record', [r for r in RECORDS if r['bundled']], ids=ids)
 def test_bundled_file(record):
     path = hub.weights_dir() / record['bundled']
-    assert path.stat().st_size == record['size'] and hub.sha256(path) == record['sha256']
+    source, = record['sources']
+    assert path.stat().st_size == source['size'] and hub.sha256(path) == source['sha256']
     model = timm.create_model(record['tag'], pretrained=True)
     assert model.num_classes == record['cfg']['num_classes']
 

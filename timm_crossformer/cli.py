@@ -1,4 +1,4 @@
-"""The command `timm-crossformer`: list, convert, verify, push, classify, features, export, exec.
+"""The command `timm-crossformer`: list, fetch, convert, verify, push, classify, features, export, exec.
 
 Data goes to stdout, notes and progress to stderr. Exit codes: 0 done; 1 a checkpoint was refused or a check failed;
 2 wrong usage; 3 weights could not be fetched or pushed.
@@ -19,12 +19,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line and return the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    from .hub import FetchError  # late, so that --help needs no PyTorch
+    from .convert import CheckpointError  # late, so that --help needs no PyTorch
+    from .hub import FetchError
 
     try:
         return args.run(args)
     except FetchError as e:
-        return _fail(str(e), NETWORK)
+        return _fail(str(e), REFUSED if isinstance(e, CheckpointError) else NETWORK)
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -118,26 +119,62 @@ def _add_list(subparsers: Any) -> None:
 def _list(args: argparse.Namespace) -> int:
     import fnmatch
 
-    from .hub import NAMESPACE, manifest
+    from .hub import manifest
+    from .store import places
 
-    records = [record for record in manifest() if fnmatch.fnmatch(record['tag'], f'{args.pattern}*')]
-    for record in records:
-        if record['hub'] and record['hub'].startswith('$NAMESPACE/'):
-            record['hub'] = record['hub'].replace('$NAMESPACE', NAMESPACE)
+    records = [dict(record, weights=places(record)) for record in manifest()
+               if fnmatch.fnmatch(record['tag'], f'{args.pattern}*')]
     if not records:
         return _fail(f'no weights match {args.pattern!r}. Try `timm-crossformer list`.', USAGE)
-    rows = [['weights', 'params', 'GMACs', 'top-1', 'source of top-1', 'weights from']]
+    words = {'package': 'in this package', 'store': 'in the store', 'browser': 'browser only'}
+    rows = [['weights', 'params', 'GMACs', 'metric', 'value', 'source', 'where they are']]
     for record in records:
-        metric = next((m for m in record['metrics'] if m['name'] == 'top-1'), None)
+        metric = next(iter(record['metrics']), None)
         rows.append([
             record['tag'],
             f'{record["params"] / 1e6:.1f}M',
             f'{record["gmacs"]:.1f}',
+            metric['name'] if metric else '-',
             f'{metric["value"]:.1f}' if metric else '-',
             metric['source'] if metric else '-',
-            'this package' if record['bundled'] else record['hub'] or 'none',
+            ', '.join(words.get(place, place) for place in record['weights']),
         ])
     _emit(records, args, _table(rows))
+    return OK
+
+
+def _add_fetch(subparsers: Any) -> None:
+    parser = _command(subparsers, 'fetch', _fetch, 'Bring published weights into the local store.')
+    parser.add_argument('tags', nargs='+', metavar='TAG', help='as `list` shows them')
+    parser.add_argument('--from', dest='file', metavar='FILE', help='a checkpoint that is here already')
+    parser.add_argument('--source', metavar='NAME', choices=('hub', 'drive', 'flowvision'), help='ask this host alone')
+    parser.add_argument('--cross-check', action='store_true', help='fetch from all hosts, compare, and store nothing')
+    parser.add_argument('--force', action='store_true', help='fetch again what is there')
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from .store import cross_check, fetch
+
+    if args.file and (len(args.tags) > 1 or args.source or args.cross_check):
+        return _fail('--from is for one tag, without --source and --cross-check.', USAGE)
+    if args.cross_check and args.source:
+        return _fail('--cross-check asks all hosts: leave --source out.', USAGE)
+    results, lines = [], []
+    for tag in args.tags:
+        if args.cross_check:
+            result = cross_check(tag)
+            facts = {'digest': result['digest'], 'sources': result['sources']}
+            lines.append(f'{result["tag"]}: {result["tensors"]} tensors are the same. For the manifest:\n'
+                         f'{json.dumps(facts, indent=2)}')
+        else:
+            result = fetch(tag, args.source, args.file, args.force)
+            words = f'{result["tag"]}: {result["directory"] or "comes with the package"}'
+            if result.get('digest'):
+                words += (f'\n  from {result["fetched_from"]} on {result["date"]}, {_size(result["source_size"])}, '
+                          f'sha256 {result["source_sha256"]}\n  digest of the weights {result["digest"]}')
+            lines.append(words)
+        results.append(result)
+    _emit(results, args, '\n'.join(lines))
     return OK
 
 
@@ -186,6 +223,11 @@ def _convert(args: argparse.Namespace) -> int:
         _note(f'{facts["left_out"]} weights of other parts of the detector or segmenter were left out.')
     if facts['dense']:
         _note('A backbone without final norm and classifier: use it with features_only=True.')
+    _note({
+        'option': 'Groups as the options say.',
+        'checkpoint': 'Groups as the checkpoint itself says.',
+        'default': "The checkpoint does not name its groups: they are the default of its origin.",
+    }[facts['groups_from']])
     arguments = ', '.join(f'{key}={value}' for key, value in facts['args'].items())
     _emit(facts, args, '\n'.join([
         f'{facts["directory"]}: {facts["model"]}({arguments}) from {facts["origin"]} weights'
@@ -199,7 +241,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _add_verify(subparsers: Any) -> None:
-    parser = _command(subparsers, 'verify', _verify, 'Check a converted directory.')
+    parser = _command(subparsers, 'verify', _verify, 'Check a directory; with 1000 classes, on a photo as well.')
     parser.add_argument('directory', metavar='DIR')
     parser.add_argument('--against', metavar='SRC', help='checkpoint whose weights and outputs it must reproduce')
 
@@ -374,7 +416,6 @@ def _add_export(subparsers: Any) -> None:
 def _export(args: argparse.Namespace) -> int:
     import timm
 
-    from . import crossformer  # noqa: F401, registers the variants
     from .export import PROBES, export_model, verify_exported
 
     size = (args.size, args.size) if isinstance(args.size, int) else args.size
@@ -410,7 +451,7 @@ def _add_exec(subparsers: Any) -> None:
 
 
 def _exec(args: argparse.Namespace) -> int:
-    from . import crossformer  # noqa: F401, registers the variants
+    from .convert import safe_globals
 
     script = Path(args.script)
     if not script.is_file():
@@ -418,7 +459,8 @@ def _exec(args: argparse.Namespace) -> int:
     sys.argv = [str(script), *args.arguments]
     sys.path.insert(0, str(script.resolve().parent))
     try:
-        runpy.run_path(str(script), run_name='__main__')
+        with safe_globals():  # timm's scripts read checkpoints themselves
+            runpy.run_path(str(script), run_name='__main__')
     except SystemExit:
         raise
     except BaseException:  # the script's own failure, shown as Python shows it
@@ -437,5 +479,5 @@ def _progress(title: str, total: int, unit: str = 'B') -> Iterator[Callable[[int
 
 
 COMMANDS: List[Callable[[Any], None]] = [
-    _add_list, _add_convert, _add_verify, _add_push, _add_classify, _add_features, _add_export, _add_exec,
+    _add_list, _add_fetch, _add_convert, _add_verify, _add_push, _add_classify, _add_features, _add_export, _add_exec,
 ]

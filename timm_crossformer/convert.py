@@ -6,44 +6,41 @@ model's own `load_state_dict`, timm's `pretrained=True` and the command line.
 import math
 import re
 import warnings
-import zipfile
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .config import per_stage, resolve_group_size
+from .reading import CheckpointError, Foreign, is_packed, read_file
+from .variants import VARIANTS
 
 __all__ = ['Checkpoint', 'CheckpointError', 'convert_state_dict', 'parse_state_dict', 'read_checkpoint']
 
 _SHOWN = 100  # keys an error lists before it only counts
 _MAX_KEYS = 100_000  # of a checkpoint; the largest CrossFormer in a detector with optimizer has a few thousand
-_MAX_PICKLE = 64 * 2 ** 20  # bytes of a .pth's structure, without its tensors; real ones have less than one MiB
 
 # Where containers keep weights, the preferred first. As in timm, an exponential moving average wins; but where mmengine
 # writes `ema_state_dict`, it has put the average into `state_dict`.
 CONTAINER_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'state', 'module', 'ema_state_dict', 'ema')
 
 
-class CheckpointError(ValueError, RuntimeError):
-    """A checkpoint that cannot be used as it is. A RuntimeError too, since that is what `load_state_dict` raises."""
-
-
-class _InertConfig:
+class InertConfig:
     """Stands in for yacs' config node, which official checkpoints hold, so that no foreign code is imported or run."""
 
     def __new__(cls, *args: Any) -> Any:
         return OrderedDict()
 
 
-_InertConfig.__module__, _InertConfig.__qualname__ = 'yacs.config', 'CfgNode'
-torch.serialization.add_safe_globals([_InertConfig])
+def safe_globals() -> ContextManager:
+    """Let `torch.load(..., weights_only=True)` read official checkpoints with their config inside, for as long."""
+    return torch.serialization.safe_globals([(InertConfig, 'yacs.config.CfgNode')])
 
 
 # Rules: pattern of a key without its last part (weight, bias, ...), what it becomes; None drops the key.
@@ -77,7 +74,7 @@ def _pair(match: re.Match) -> str:
 
 _BLOCK_PARTS = r'norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2'
 _RULES: Dict[str, List[Rule]] = {
-    'native': [],  # names stay; the model knows which it has
+    'native': [],  # names stay, but for those of a pyramid; the model knows which it has
     'official': [
         (r'patch_embed\.projs\.(\d+)', r'stem.convs.\1'),
         (r'patch_embed\.norm', r'stem.norm'),
@@ -138,6 +135,7 @@ class Checkpoint:
         left_out: Source keys that belong to other parts of a detector or segmenter.
         container: Key of the weights inside the file, '' if the file is a plain state dict.
         group_size: G as birder's position tables show it, (height, width); None elsewhere.
+        groups: `group_size` and `interval` as a detector's or segmenter's config in the file gives them.
         pretrained_cfg: What the file says about its input, as entries of timm's pretrained cfg (birder).
         label_names: Names of the classes, if the file has them (birder).
     """
@@ -149,6 +147,7 @@ class Checkpoint:
     left_out: List[str] = field(default_factory=list)
     container: str = ''
     group_size: Optional[Tuple[int, int]] = None
+    groups: Dict[str, Tuple[int, ...]] = field(default_factory=dict)
     pretrained_cfg: Dict[str, Any] = field(default_factory=dict)
     label_names: Optional[List[str]] = None
 
@@ -165,9 +164,10 @@ class Checkpoint:
     def variant(self) -> Tuple[str, Dict[str, Any]]:
         """Choose the variant that fits, and the arguments in which this checkpoint differs from it.
 
-        What shapes cannot show has a default by origin. Official: the variant's groups; a dense ++ checkpoint G = 7
-        and I = 8, 4, 2, 1, as all released dense configurations have. birder: its position tables, else G = 7 (224
-        pixels). vit-pytorch: its default windows (7; 8, 4, 2, 1) and heads of 32 channels.
+        What shapes cannot show is read from the file where it says so, a dense checkpoint's config and birder's
+        position tables, and else has a default by origin. Official: the variant's groups; a dense ++ checkpoint G = 7
+        and I = 8, 4, 2, 1, as all released dense configurations have. birder: G = 7 (224 pixels). vit-pytorch: its
+        default windows (7; 8, 4, 2, 1) and heads of 32 channels.
         """
         args = self.arguments()
         num_classes, in_chans = args.pop('num_classes'), args.pop('in_chans')
@@ -188,6 +188,12 @@ class Checkpoint:
         if self.group_size is not None and self.group_size != (7, 7):
             height, width = self.group_size
             differing['group_size'] = height if height == width else (self.group_size,) * len(args['depths'])
+        for key, values in self.groups.items():
+            if len(values) == len(args['depths']):
+                differing[key] = values[0] if len(set(values)) == 1 else values
+        for key, default_groups in (('group_size', 7), ('interval', (8, 4, 2, 1))):
+            if differing.get(key) == VARIANTS[name].get(key, default_groups):
+                del differing[key]
         return name, differing
 
 
@@ -249,8 +255,6 @@ def infer_arguments(state_dict: Mapping[str, Tensor]) -> Dict[str, Any]:
 @lru_cache(maxsize=1)
 def _variants() -> Dict[str, Dict[str, Any]]:
     """Return the arguments of every variant, in the form `infer_arguments` gives those of a checkpoint."""
-    from .crossformer import VARIANTS
-
     known = {}
     for name, given in VARIANTS.items():
         args = dict(
@@ -264,12 +268,17 @@ def _variants() -> Dict[str, Dict[str, Any]]:
     return known
 
 
-def parse_state_dict(checkpoint: Mapping[str, Any], container: Optional[str] = None) -> Checkpoint:
+def parse_state_dict(
+        checkpoint: Mapping[str, Any],
+        container: Optional[str] = None,
+        model: Optional[nn.Module] = None,
+) -> Checkpoint:
     """Find the CrossFormer in a checkpoint and give its tensors our names.
 
     Args:
         checkpoint: A state dict, or a training checkpoint that contains one.
         container: Key of the state dict in the checkpoint. None: the first of `CONTAINER_KEYS` it has.
+        model: What it is to be loaded into, for the words of errors.
 
     Raises:
         CheckpointError: No CrossFormer, more than one, a key without a place, or a tensor that cannot be a weight.
@@ -289,16 +298,19 @@ def parse_state_dict(checkpoint: Mapping[str, Any], container: Optional[str] = N
     result = Checkpoint(OrderedDict(), origin, prefix=prefix, container=container)
     if origin == 'birder':
         result.pretrained_cfg, result.label_names = _birder_facts(checkpoint)
+    if origin == 'official':
+        result.groups = _groups_in_config(checkpoint)
     rules = [(re.compile(pattern), target) for pattern, target in _RULES[origin]]
-    # Other parts may stand beside a `backbone.`; beside anything else, they are keys without a place.
-    in_detector = prefix.endswith('backbone.')
+    # Other parts may stand beside a `backbone.` or segmentation-models-pytorch's encoder; beside anything else, they
+    # are keys without a place.
+    in_detector = prefix.endswith(('backbone.', 'encoder.model.'))
     rest: List[str] = []
     twice: List[str] = []
     for key, tensor in state_dict.items():
         if not key.startswith(prefix):
             (result.left_out if in_detector else rest).append(key)
             continue
-        target = _rename(key[len(prefix):], rules) if rules else key[len(prefix):]
+        target = _rename(key[len(prefix):], rules) if rules else _canonical(key[len(prefix):])
         if target is None:
             rest.append(key)
         elif target == '':  # recomputed from the group size
@@ -312,7 +324,7 @@ def parse_state_dict(checkpoint: Mapping[str, Any], container: Optional[str] = N
     if twice:
         raise CheckpointError(f'A weight needs one source, got two: {_listed(twice)}. Remove one of each.')
     if rest:
-        raise _no_place('', result, rest)
+        raise _no_place(model, result, rest)
     return result
 
 
@@ -325,11 +337,11 @@ def convert_state_dict(
 
     Every key of the source lands in the model, once and in the right shape, but for the classifier and the stem,
     which timm adapts to another number of classes or channels. The norm and classifier may be missing together, as
-    in the backbone of a detector, or the classifier alone.
+    in the backbone of a detector, or the classifier alone. A pyramid (`features_only`) takes what it has.
 
     Args:
         checkpoint: A state dict or training checkpoint: official, vit-pytorch, birder or our own.
-        model: The `CrossFormer` to be loaded.
+        model: The `CrossFormer` to be loaded, or its pyramid.
         partial: Let any weights be missing from the source.
 
     Returns:
@@ -339,7 +351,9 @@ def convert_state_dict(
         CheckpointError: Source keys have no place, weights of the model have no source, shapes differ.
     """
     try:
-        parsed = parse_state_dict(checkpoint)
+        parsed = parse_state_dict(checkpoint, model=model)
+        if _is_pyramid(model):
+            _keep_levels(parsed, model)
         check_fit(parsed, model, partial=partial, adapt=True)
         check_values(parsed)
         _check_groups(parsed, model)
@@ -351,14 +365,56 @@ def convert_state_dict(
         cfg['num_classes'] = head.shape[0]  # else timm would discard a classifier that fits
     if cfg:
         cfg.update(parsed.pretrained_cfg)
+    if _is_pyramid(model):
+        return OrderedDict((_in_pyramid(key), tensor) for key, tensor in parsed.state_dict.items())
     return parsed.state_dict
 
 
-def is_foreign(state_dict: Mapping[str, Any]) -> bool:
-    """Tell a checkpoint that needs converting from a state dict of a `CrossFormer`, without cost."""
-    if not isinstance(state_dict, Mapping) or _ANCHORS['native'] in state_dict:
+def _canonical(key: str) -> str:
+    """Return our name of a weight in a pyramid: timm flattens `stages.0` to `stages_0` there."""
+    return re.sub(r'^stages_(?=\d)', 'stages.', key)
+
+
+def _in_pyramid(key: str) -> str:
+    return re.sub(r'^stages\.(?=\d)', 'stages_', key)
+
+
+def _is_pyramid(model: nn.Module) -> bool:
+    return hasattr(model, 'stages_0')
+
+
+def _keep_levels(parsed: Checkpoint, model: nn.Module) -> None:
+    """Leave out what a pyramid does without: stages beyond its last level, the final norm, the classifier."""
+    stages = {key.split('.')[0] for key in model.state_dict(keep_vars=True)}
+    for key in list(parsed.state_dict):
+        part = _in_pyramid(key).split('.')[0]
+        if part in ('norm', 'head') or (part.startswith('stages_') and part not in stages):
+            parsed.left_out.append(parsed.source_keys[key])
+            del parsed.state_dict[key]
+
+
+def is_foreign(state_dict: Mapping[str, Any], model: nn.Module) -> bool:
+    """Tell a checkpoint that needs converting from a state dict with the model's own names, without cost."""
+    if not isinstance(state_dict, Mapping):
         return False
+    if _ANCHORS['native'] in state_dict:
+        return any(key.startswith('stages.' if _is_pyramid(model) else 'stages_') for key in state_dict)
     return any(isinstance(state_dict.get(key), Mapping) for key in CONTAINER_KEYS) or bool(_find(state_dict))
+
+
+def check_variant(state_dict: Mapping[str, Any], model: nn.Module) -> None:
+    """Explain why a state dict with the model's own names does not fit, where it is of another variant.
+
+    Raises:
+        CheckpointError: It is, in the words in which `convert_state_dict` says so.
+    """
+    if _ANCHORS['native'] not in state_dict:
+        return
+    parsed = parse_state_dict(state_dict, model=model)
+    with suppress(CheckpointError):
+        if _architecture(parsed.arguments()) == _own_architecture(model):
+            return
+    check_fit(parsed, model)
 
 
 def check_head(state_dict: Mapping[str, Any], model: nn.Module) -> None:
@@ -381,80 +437,27 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
     """Read a checkpoint file without running anything in it.
 
     Args:
-        path: A safetensors file, or a file of `torch.save`, whatever its suffix.
+        path: A safetensors file, a file of `torch.save`, or OneFlow's in a zip, whatever its suffix.
 
     Raises:
         CheckpointError: The file is damaged, holds more than data, or is no checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f'A checkpoint needs to be a file, got {path}. Check the path.')
+    checkpoint = read_file(path)
     size = path.stat().st_size
-    try:
-        if _is_safetensors(path, size):
-            checkpoint = load_file(path)
-        else:
-            archive = zipfile.is_zipfile(path)
-            if archive:
-                _check_archive(path, size)
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=archive)
-    except SafetensorError as e:
-        raise CheckpointError(f'{path} is no intact safetensors file: {e}. Fetch it again.') from e
-    except CheckpointError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as e:  # unpickling damaged bytes can fail in any way
-        raise CheckpointError(_refusal(path, e)) from e
     if not isinstance(checkpoint, Mapping):
+        kind = 'an object' if isinstance(checkpoint, Foreign) else f'a {type(checkpoint).__name__}'
         raise CheckpointError(
-            f'A checkpoint needs to be a dict of tensors, {path} holds a {type(checkpoint).__name__}. '
-            'Save the state dict, not the model.')
+            f'A checkpoint needs to be a dict of tensors, {path} holds {kind}. Save the state dict, not the model.')
     if len(checkpoint) > _MAX_KEYS:
         raise CheckpointError(f'A checkpoint has at most {_MAX_KEYS} keys, {path} has {len(checkpoint)}.')
     claimed = sum(t.numel() * t.element_size() for t in _open_container(checkpoint, None)[0].values()
                   if isinstance(t, Tensor))
-    if claimed > size:
+    if claimed > size and not is_packed(path):
         raise CheckpointError(
             f'The tensors of a file cannot be larger than the file, {path} has {size} bytes and claims {claimed}. '
             'Save contiguous tensors, without sharing.')
     return checkpoint
-
-
-def _is_safetensors(path: Path, size: int) -> bool:
-    """Tell safetensors by suffix, or by content: the length of a header, and the header, in JSON."""
-    with open(path, 'rb') as file:
-        start = file.read(9)
-    return path.suffix == '.safetensors' or (start[8:] == b'{' and int.from_bytes(start[:8], 'little') < size)
-
-
-def _check_archive(path: Path, size: int) -> None:
-    """Refuse archives that unpack to more than they are, and those with a damaged record."""
-    with zipfile.ZipFile(path) as archive:
-        infos = archive.infolist()
-        if any(info.compress_type != zipfile.ZIP_STORED for info in infos) or sum(i.file_size for i in infos) > size:
-            raise CheckpointError(
-                f'A checkpoint of torch.save is not compressed, {path} is. Fetch it again from its origin.')
-        if any(info.filename.endswith('data.pkl') and info.file_size > _MAX_PICKLE for info in infos):
-            raise CheckpointError(f'The structure of a checkpoint has at most {_MAX_PICKLE} bytes, {path} has more.')
-        damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f'{path} is damaged: record {damaged} fails its checksum. Fetch it again.')
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # damaged or legacy format
-        foreign = []
-    if not foreign:
-        found = re.search(r'GLOBAL (\S+)', str(error))
-        foreign = [found[1]] if found else []
-    if foreign:
-        return (
-            f'{path} was refused: a checkpoint may hold tensors and plain data only, and this one asks to import '
-            f'{_listed(foreign)}. Nothing in it was run. Get a safetensors file, or one with the state dict alone.')
-    return f'{path} is no intact checkpoint: PyTorch cannot read it. Fetch it again.'
 
 
 def _open_container(checkpoint: Mapping[str, Any], container: Optional[str]) -> Tuple[Mapping[str, Any], str]:
@@ -509,7 +512,8 @@ def _rename(key: str, rules: Iterable[Tuple[re.Pattern, Any]]) -> Optional[str]:
 def _plain(key: str, tensor: Any) -> Tensor:
     """Check that a value can be a weight; take vit-pytorch's singleton dimensions off."""
     if not isinstance(tensor, Tensor):
-        raise CheckpointError(f'`{key}` needs to be a tensor, got {type(tensor).__name__}. Check the checkpoint.')
+        what = 'an object' if isinstance(tensor, Foreign) else type(tensor).__name__
+        raise CheckpointError(f'`{key}` needs to be a tensor, got {what}. Check the checkpoint.')
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_quantized:
         raise CheckpointError(
             f'`{key}` needs a floating point dtype, got {tensor.dtype}. Convert the checkpoint to fp32, fp16 or bf16.')
@@ -527,6 +531,23 @@ def _group_size_of_table(key: str, table: Any) -> Tuple[int, int]:
     if height < 1 or width < 1 or (2 * height - 1) * (2 * width - 1) != table.shape[0]:
         raise CheckpointError(f'`{key}` needs all offsets of a group, got {tuple(table.shape)}. Fetch it again.')
     return height, width
+
+
+def _groups_in_config(checkpoint: Mapping[str, Any]) -> Dict[str, Tuple[int, ...]]:
+    """Read the groups in the config that mmdetection and mmsegmentation write into a checkpoint, as text."""
+    meta = checkpoint.get('meta')
+    texts = [meta.get(key) for key in ('config', 'cfg')] if isinstance(meta, Mapping) else []
+    groups: Dict[str, Tuple[int, ...]] = {}
+    for text in texts:
+        if not isinstance(text, str):
+            continue
+        backbone = text[max(text.find('backbone'), 0):]
+        for name, ours in (('group_size', 'group_size'), ('crs_interval', 'interval')):
+            found = re.search(rf'\b{name}[\'"]?\s*[=:]\s*[\[(]([\d\s,]{{1,200}})[\])]', backbone)
+            values = tuple(int(number) for number in re.findall(r'\d{1,4}', found[1])) if found else ()
+            if values and min(values) > 0:
+                groups.setdefault(ours, values)
+    return groups
 
 
 def _birder_facts(checkpoint: Mapping[str, Any]) -> Tuple[Dict[str, Any], Optional[List[str]]]:
@@ -564,11 +585,11 @@ def check_fit(
     Raises:
         CheckpointError: They differ.
     """
-    expected = {key: tensor.shape for key, tensor in model.state_dict(keep_vars=True).items()}
+    expected = {_canonical(key): tensor.shape for key, tensor in model.state_dict(keep_vars=True).items()}
     source = parsed.state_dict
     rest = [parsed.source_keys[key] for key in source if key not in expected and not key.startswith('head.fc.')]
     if rest:
-        raise _no_place(_name(model), parsed, rest)
+        raise _no_place(model, parsed, rest)
     differing = [
         f'{parsed.source_keys[key]} {tuple(tensor.shape)} for {tuple(expected[key])}' for key, tensor in source.items()
         if key in expected and tensor.shape != expected[key]
@@ -577,7 +598,7 @@ def check_fit(
     if differing:
         raise CheckpointError(
             f'{_name(model)}: {len(differing)} weights have another shape: {_listed(differing)}.'
-            f'{_hint(parsed, _name(model))}')
+            f'{_hint(parsed, model) or " Fetch the checkpoint again."}')
     missing = [key for key in expected if key not in source]
     head = {key for key in missing if key.startswith('head.fc.')}
     norm = {key for key in missing if key.startswith('norm.')}
@@ -587,8 +608,8 @@ def check_fit(
     lost = [key for key in missing if key not in head | norm or not allowed]
     if lost and not partial:
         raise CheckpointError(
-            f'{_name(model)}: the checkpoint lacks {len(lost)} weights: {_listed(lost)}. '
-            f'It is incomplete, or of another variant.{_hint(parsed, _name(model))}')
+            f'{_name(model)}: the checkpoint lacks {len(lost)} weights: {_listed(lost)}.'
+            f'{_hint(parsed, model) or " It is incomplete: fetch it again."}')
 
 
 def check_values(parsed: Checkpoint) -> None:
@@ -616,43 +637,66 @@ def _adaptable(key: str, shape: Sequence[int], expected: Sequence[int]) -> bool:
 
 
 def _check_groups(parsed: Checkpoint, model: nn.Module) -> None:
-    """Warn if birder's weights meet other groups than theirs, which no shape of a weight would show."""
-    attn = getattr(getattr(getattr(model, 'stages', [None])[0], 'blocks', [None])[0], 'attn', None)
-    if parsed.group_size is not None and attn is not None and tuple(attn.group_size) != parsed.group_size:
+    """Warn if weights meet other groups than the file says they have, which no shape of a weight would show."""
+    depths: Any = getattr(model, 'depths', ())
+    trained: Dict[str, Any] = dict(parsed.groups)
+    if parsed.group_size is not None:
         height, width = parsed.group_size
-        size = height if height == width else [parsed.group_size] * len(model.depths)  # type: ignore[arg-type]  # a tuple
-        warnings.warn(
-            f'The checkpoint was trained with groups of {height} x {width}, {_name(model)} has '
-            f'{attn.group_size[0]} x {attn.group_size[1]}. Create the model with `group_size={size}` for its outputs.',
-            stacklevel=3)
+        trained['group_size'] = height if height == width else [parsed.group_size] * len(depths)
+    for name, value in trained.items():
+        given = getattr(model, name, None)
+        if given is None or (parsed.groups.get(name) and len(value) != len(depths)):
+            continue
+        spread = resolve_group_size if name == 'group_size' else lambda name, v, depths: per_stage(name, v, len(depths))
+        if spread(name, value, depths) != spread(name, given, depths):
+            groups = 'groups of ' + ' x '.join(map(str, parsed.group_size)) if parsed.group_size else f'{name}={value}'
+            warnings.warn(
+                f'The checkpoint was trained with {groups}, {_name(model)} has {name}={given}. '
+                f'Create the model with `{name}={value}` for its outputs.',
+                stacklevel=3)
 
 
-def _no_place(name: str, parsed: Checkpoint, rest: Sequence[str]) -> CheckpointError:
+def _no_place(model: Optional[nn.Module], parsed: Checkpoint, rest: Sequence[str]) -> CheckpointError:
     what = f'{len(rest)} checkpoint keys have' if len(rest) > 1 else '1 checkpoint key has'
-    return CheckpointError(f'{name or "CrossFormer"}: {what} no place: {_listed(rest)}.{_hint(parsed, name)}')
+    hint = _hint(parsed, model) or ' The rest of the checkpoint fits: take these keys out, or fetch it again.'
+    return CheckpointError(f'{_name(model)}: {what} no place: {_listed(rest)}.{hint}')
 
 
-def _hint(parsed: Checkpoint, name: str) -> str:
-    """Name the variant a checkpoint fits."""
-    cooled = any('.cooling.' in key for key in parsed.state_dict)
+def _hint(parsed: Checkpoint, model: Optional[nn.Module]) -> str:
+    """Name the variant a checkpoint fits, if it is another one than the model; '' if it is of the model's own shape."""
     try:
         args = parsed.arguments()
     except CheckpointError:
         return ' Fetch the checkpoint again, or use one of another origin.'
-    fitting = [
-        variant for variant, known in _variants().items() if all(known[key] == args[key] for key in known)
-    ]
-    if fitting and name not in fitting:
-        acl = cooled and not name.startswith('crossformer_pp_')
+    fitting = [variant for variant, known in _variants().items() if known == _architecture(args)]
+    if _architecture(args) == _own_architecture(model) or (model is None and fitting):
+        return ''
+    if fitting:
+        cooled = any('.cooling.' in key for key in parsed.state_dict)
+        acl = cooled and not _name(model).startswith('crossformer_pp_')
         reason = 'It holds amplitude cooling layers (ACL)' if acl else 'It is of another variant'
         return f' {reason}: try {" or ".join(fitting)}.'
-    if not fitting:
-        return (f' It fits no variant: embed_dim={args["embed_dim"]}, depths={args["depths"]}, '
-                f'num_heads={args["num_heads"]}. Create the model with these arguments, or fetch the checkpoint again.')
-    return ' The rest of the checkpoint fits: take these keys out, or fetch the checkpoint again.'
+    return (f' It fits no variant: embed_dim={args["embed_dim"]}, depths={args["depths"]}, '
+            f'num_heads={args["num_heads"]}. Create the model with these arguments, or fetch the checkpoint again.')
 
 
-def _name(model: nn.Module) -> str:
+def _architecture(args: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what makes a variant: all arguments but the numbers of channels and classes."""
+    return {key: value for key, value in args.items() if key not in ('in_chans', 'num_classes')}
+
+
+def _own_architecture(model: Optional[nn.Module]) -> Optional[Dict[str, Any]]:
+    if model is None:
+        return None
+    with suppress(CheckpointError):
+        return _architecture(infer_arguments({
+            _canonical(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}))
+    return None
+
+
+def _name(model: Optional[nn.Module]) -> str:
+    if model is None:
+        return 'CrossFormer'
     return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
 
 

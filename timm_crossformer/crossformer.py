@@ -1,15 +1,17 @@
 """The variants, registered with timm. The file's name is the module name in timm's registry."""
 import difflib
 import inspect
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from .convert import convert_state_dict
-from .hub import NAMESPACE, bundled_weights, explain_failure, fetch_weights
+from .convert import CheckpointError, convert_state_dict, read_checkpoint
+from .hub import bundled_weights, explain_failure, fetch_weights, file_to_read
 from .model import CrossFormer, CrossFormerFeatures
+from .store import fetch, find, tag_of
+from .variants import TAG_ARGS, VARIANTS
 
 __all__ = ['CrossFormer']
 
@@ -58,50 +60,32 @@ def _cfg_birder(size: int, **kwargs: Any) -> Dict[str, Any]:
     )
 
 
+def _published(tag: str, **kwargs: Any) -> Dict[str, Any]:
+    # Not an address: it names a record of the manifest, whose weights `_create_crossformer` hands to timm as a file.
+    make = _cfg_pp if tag.startswith('crossformer_pp_') else _cfg
+    return make(url=f'timm-crossformer:{tag}', **kwargs)
+
+
+_CLASSIFIERS = [f'crossformer_{name}.in1k' for name in (
+    'tiny', 'small', 'base', 'large', 'pp_small', 'pp_base', 'pp_large', 'pp_huge')]
+_BACKBONES = [f'crossformer_{size}.{name}' for name, sizes in {
+    'retinanet_coco': ('small', 'base'),
+    'mask_rcnn_coco': ('small', 'base'),
+    'semantic_fpn_ade20k': ('small', 'base', 'large'),
+    'upernet_ade20k': ('small', 'base', 'large'),
+}.items() for size in sizes]
+
 default_cfgs = generate_default_cfgs({
-    'crossformer_tiny.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/crossformer_tiny.in1k'),
-    'crossformer_small.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/crossformer_small.in1k'),
+    **{tag: _published(tag) for tag in _CLASSIFIERS},
+    **{tag: _published(tag, num_classes=0) for tag in _BACKBONES},
     'crossformer_small.birder_arabian_peninsula_256': _cfg_birder(
         256, hf_hub_filename='crossformer_s_arabian-peninsula256px.pt'),
     'crossformer_small.birder_arabian_peninsula_384': _cfg_birder(
         384, hf_hub_filename='crossformer_s_arabian-peninsula.pt'),
-    'crossformer_base.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/crossformer_base.in1k'),
-    'crossformer_large.in1k': _cfg(hf_hub_id=f'{NAMESPACE}/crossformer_large.in1k'),
-    'crossformer_pp_small.in1k': _cfg_pp(hf_hub_id=f'{NAMESPACE}/crossformer_pp_small.in1k'),
-    'crossformer_pp_base.in1k': _cfg_pp(hf_hub_id=f'{NAMESPACE}/crossformer_pp_base.in1k'),
-    'crossformer_pp_large.in1k': _cfg_pp(hf_hub_id=f'{NAMESPACE}/crossformer_pp_large.in1k'),
-    'crossformer_pp_huge.in1k': _cfg_pp(hf_hub_id=f'{NAMESPACE}/crossformer_pp_huge.in1k'),
     'crossformer_lucidrains.untrained': _cfg(origin_url='https://github.com/lucidrains/vit-pytorch'),
     'test_crossformer.untrained': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
     **{tag: _cfg(file=file, **cfg) for tag, file, cfg in bundled_weights()},
 })
-
-_PP_ARGS: Dict[str, Any] = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), lda_grouping='region', cooling=True)
-
-# What differs from the defaults of `CrossFormer`.
-VARIANTS: Dict[str, Dict[str, Any]] = {
-    'crossformer_tiny': dict(embed_dim=64, depths=(1, 1, 8, 6), num_heads=(2, 4, 8, 16)),
-    'crossformer_small': dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
-    'crossformer_base': dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
-    'crossformer_large': dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
-    'crossformer_pp_small': dict(_PP_ARGS, embed_dim=64, depths=(2, 2, 18, 2), num_heads=(2, 4, 8, 16)),
-    'crossformer_pp_base': dict(_PP_ARGS, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
-    'crossformer_pp_large': dict(_PP_ARGS, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
-    'crossformer_pp_huge': dict(_PP_ARGS, embed_dim=128, depths=(6, 6, 18, 2), num_heads=(4, 8, 16, 32)),
-    'crossformer_lucidrains': dict(
-        embed_dim=(64, 128, 256, 512), depths=(4, 4, 16, 4), num_heads=(2, 4, 8, 16), lda_group_size=(8, 4, 2, 1),
-        lda_grouping='grid', pos_bias='lucidrains', stage_norm=False, qkv_bias=False,
-    ),
-    'test_crossformer': dict(
-        embed_dim=(32, 48, 64, 96), depths=(2, 2, 4, 2), num_heads=(1, 2, 2, 3), group_size=4, interval=(4, 2, 1, 1),
-    ),
-}
-
-# Groups that weights were trained with, where they differ from the variant's.
-_TAG_ARGS: Dict[str, Dict[str, Any]] = {
-    'birder_arabian_peninsula_256': dict(group_size=8),
-    'birder_arabian_peninsula_384': dict(group_size=12),
-}
 
 
 def _create_crossformer(
@@ -112,14 +96,35 @@ def _create_crossformer(
         **kwargs: Any,
 ) -> CrossFormer:
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else getattr(pretrained_cfg, 'tag', None)
-    tag_args = {name: value for name, value in _TAG_ARGS.get(tag or '', {}).items() if name not in kwargs}
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict() if pretrained else {}
+    published = tag_of(cfg)
+    tag_args = TAG_ARGS.get(tag or '', {})
+    if published:
+        _check_arguments(variant, kwargs)
+        if find(published)['dense'] and not kwargs.get('features_only'):
+            raise CheckpointError(
+                f'{published} is the backbone of a detector or segmenter, without final norm and classifier. Create it '
+                f'with `features_only=True`, or take {variant}.in1k.')
+        facts = fetch(published, cache_dir=kwargs.get('cache_dir'))
+        cfg['file'] = facts['weights']
+        pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=facts['weights'])
+        if facts['groups_from'] == 'checkpoint':  # it knows better
+            tag_args = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in facts['args'].items() if name in ('group_size', 'interval')}
+    tag_args = {name: value for name, value in tag_args.items() if name not in kwargs}
     kwargs = {**VARIANTS[variant], **tag_args, **kwargs}
     _check_arguments(variant, kwargs)
     depths = kwargs['depths']
     stages = len(depths) if isinstance(depths, (list, tuple)) else 0  # the model refuses anything else
     out_indices = kwargs.pop('out_indices', tuple(range(stages)))
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict() if pretrained else {}
-    fetch_weights(cfg, kwargs.get('cache_dir'))
+    path = file_to_read(cfg, fetch_weights(cfg, kwargs.get('cache_dir')))
+    if path:  # timm's reader takes fewer files than ours: give it a state dict in name, and let the filter read
+        pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, state_dict={'file': str(path)})
+
+    def read(state_dict: Dict[str, Any], model: CrossFormer) -> Dict[str, Any]:
+        return convert_state_dict(read_checkpoint(path) if path else state_dict, model)
+
     with explain_failure(cfg):
         model = build_model_with_cfg(
             CrossFormer,
@@ -127,10 +132,12 @@ def _create_crossformer(
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=pretrained_cfg_overlay,
-            pretrained_filter_fn=convert_state_dict,
+            pretrained_filter_fn=read,
             feature_cfg=dict(feature_cls=CrossFormerFeatures, flatten_sequential=True, out_indices=out_indices),
             **kwargs,
         )
+    if path:
+        cast(Dict[str, Any], model.pretrained_cfg).pop('state_dict')
     if tag_args:
         model._model_args = tag_args  # timm records what the caller gave; an export needs these as well
     return model

@@ -8,30 +8,26 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import huggingface_hub
 import timm
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor
 
 from ._timm import save_config_for_hf
 from .convert import Checkpoint, CheckpointError, check_fit, check_values, parse_state_dict, read_checkpoint
-
-# The Hub organisation or user that default weights are fetched from, read once, at import.
-NAMESPACE = os.environ.get('TIMM_CROSSFORMER_HUB') or 'timm-crossformer'
+from .download import FetchError, Progress, sync
+from .download import hash_file as sha256
+from .variants import VARIANTS
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = 'model.safetensors', 'config.json', 'README.md'
 _FETCHED = (WEIGHTS_NAME, 'pytorch_model.bin')  # what timm looks for in a repository, in this order
-
-Progress = Callable[[int], Any]  # called with the number of bytes just processed
-
-
-class FetchError(RuntimeError):
-    """Weights that could not be fetched."""
 
 
 def weights_dir() -> Path:
@@ -78,29 +74,47 @@ def fetch_weights(cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]] = N
     name, _, revision = repo.partition('@')
     with explain_failure(cfg, Exception):
         for filename in (cfg['hf_hub_filename'],) if cfg.get('hf_hub_filename') else _FETCHED:
-            cached = huggingface_hub.try_to_load_from_cache(name, filename, cache_dir, revision or None)
-            if isinstance(cached, str):
-                return Path(cached)
             try:
-                path = Path(huggingface_hub.hf_hub_download(
-                    name, filename, revision=revision or None, cache_dir=cache_dir, library_name='timm_crossformer'))
+                return hub_file(name, filename, revision or None, cache_dir)
             except EntryNotFoundError as e:
                 if isinstance(e, LocalEntryNotFoundError) or filename == _FETCHED[-1] or cfg.get('hf_hub_filename'):
                     raise
-                continue
-            _check_download(path, name, filename)
-            return path
     return None
 
 
-def _check_download(path: Path, repo: str, filename: str) -> None:
-    """Compare a fetched file with its known hash; delete it from the cache if it differs."""
-    blob = path.resolve()
-    wanted = [blob.name] if re.fullmatch('[0-9a-f]{64}', blob.name) else []
-    wanted += [
-        record['sha256'] for record in manifest()
-        if record['sha256'] and (record['hub'], record['file']) == (repo, filename)
+def hub_file(
+        repo: str,
+        filename: str,
+        revision: Optional[str] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+) -> Path:
+    """Return a file of the Hub in its client's cache, fetched and checked if need be."""
+    pins = [
+        source['sha256'] for record in manifest() for source in record['sources']
+        if source['kind'] == 'hub' and source['sha256'] and (source['id'], source['file']) == (repo, filename)
     ]
+    cached = huggingface_hub.try_to_load_from_cache(repo, filename, cache_dir, revision)
+    if isinstance(cached, str):
+        _check_hash(Path(cached), filename, pins)
+        return Path(cached)
+    path = Path(huggingface_hub.hf_hub_download(
+        repo, filename, revision=revision, cache_dir=cache_dir, library_name='timm_crossformer'))
+    blob = path.resolve().name
+    _check_hash(path, filename, [*([blob] if re.fullmatch('[0-9a-f]{64}', blob) else []), *pins])
+    return path
+
+
+def file_to_read(cfg: Dict[str, Any], fetched: Optional[Path] = None) -> Optional[Path]:
+    """Return the file of a pretrained cfg that we read in timm's place: any but safetensors that is named alone."""
+    if cfg.get('source') in ('hf-hub', 'local-dir') or cfg.get('state_dict') or cfg.get('custom_load'):
+        return None
+    path = Path(cfg['file']) if cfg.get('file') else fetched
+    return path if path and path.suffix != '.safetensors' else None
+
+
+def _check_hash(path: Path, filename: str, wanted: List[str]) -> None:
+    """Compare a file of the Hub's cache with what it must be; delete it if it differs."""
+    blob = path.resolve()
     got = sha256(blob) if wanted else ''
     for expected in wanted:
         if got != expected:
@@ -125,16 +139,13 @@ def explain_failure(cfg: Dict[str, Any], errors: Any = (FetchError, SafetensorEr
         if isinstance(e, FetchError) and 'Asked:' in str(e):
             raise
         filename = cfg.get('hf_hub_filename') or WEIGHTS_NAME
-        ours = repo.startswith(f'{NAMESPACE}/')
-        second = 'export TIMM_CROSSFORMER_HUB=NAMESPACE   # the Hub account that hosts the weights' if ours else (
-            f'hf download {repo} {filename}   # try again by hand; its output says more')
         raise FetchError(
             f'{cfg.get("architecture") or "The model"} needs weights that could not be fetched.\n'
             f'  Asked:    {filename} of {repo} at {huggingface_hub.constants.ENDPOINT}\n'
             f'  Happened: {_reason(e)}\n'
             'Either of these helps:\n'
             '  timm-crossformer convert FILE DIR   # a checkpoint you hold; then create_model("local-dir:DIR")\n'
-            f'  {second}\n'
+            f'  hf download {repo} {filename}   # try again by hand; its output says more\n'
             'Without `pretrained=True` the model starts from random weights.') from e
 
 
@@ -143,17 +154,6 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = ' '.join(lines[:3]).rstrip('.')
     return reason if error.__cause__ is None else f'{reason} ({_reason(error.__cause__)})'
-
-
-def sha256(path: Union[str, Path], progress: Optional[Progress] = None) -> str:
-    """Hash a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            if progress is not None:
-                progress(len(chunk))
-    return digest.hexdigest()
 
 
 def convert_file(
@@ -171,6 +171,8 @@ def convert_file(
         license: Optional[str] = None,
         overwrite: bool = False,
         progress: Optional[Progress] = None,
+        default_groups: Optional[Dict[str, Any]] = None,
+        inspect: Optional[Callable[[Checkpoint, str], Dict[str, Any]]] = None,
 ) -> Dict[str, Any]:
     """Convert a checkpoint file into a directory that timm and the Hub can load.
 
@@ -188,6 +190,9 @@ def convert_file(
         license: Licence of the weights for the model card.
         overwrite: Replace the files of an existing directory.
         progress: Called with the number of bytes just processed, three times the size of the source in all.
+        default_groups: Arguments for a checkpoint that does not name its groups itself.
+        inspect: Called with what was read and its digest before anything is written; may refuse it by an error, and
+            returns facts to be recorded with the others.
 
     Returns:
         What was read and written: model, arguments, hashes, sizes.
@@ -209,15 +214,19 @@ def convert_file(
         raise CheckpointError(
             f'{source} needs a sha256 beginning with {expected_sha256}, got {source_hash}. Fetch it again.')
     name, args = _variant(parsed, model)
-    for key, value in dict(
-            group_size=group_size, lda_group_size=lda_group_size, interval=interval, lda_grouping=lda_grouping).items():
-        if value is not None:
-            args[key] = value
+    options = dict(
+        group_size=group_size, lda_group_size=lda_group_size, interval=interval, lda_grouping=lda_grouping)
+    options = {key: value for key, value in options.items() if value is not None}
+    in_file = any(len(values) == len(parsed.arguments()['depths']) for values in parsed.groups.values())
+    in_file = in_file or parsed.group_size is not None
+    args.update({**({} if in_file else default_groups or {}), **options})
     dense = parsed.dense
     if num_classes is not None:
         _set_classes(parsed, args, num_classes)
     net = create(name, device='meta', **args)
     check_fit(parsed, net, complete=not dense)
+    digest = tensor_digest(parsed.state_dict)
+    more = inspect(parsed, digest) if inspect is not None else {}
     tensors = _as_written(parsed, net, dtype)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _new_directory(directory) as temporary:
@@ -227,7 +236,7 @@ def convert_file(
         if progress is not None:
             progress(source.stat().st_size)
         with ThreadPoolExecutor() as pool:
-            syncing = pool.submit(_sync, weights)
+            syncing = pool.submit(sync, weights)
             written_hash = sha256(weights, progress)
             syncing.result()
         facts = {
@@ -238,6 +247,7 @@ def convert_file(
             'container': parsed.container,
             'prefix': parsed.prefix,
             'left_out': len(parsed.left_out),
+            'groups_from': 'option' if options else 'checkpoint' if in_file else 'default',
             'num_classes': net.num_classes,
             'params': sum(p.numel() for p in net.parameters()),
             'dtype': str(dtype or next(iter(parsed.state_dict.values())).dtype).replace('torch.', ''),
@@ -245,16 +255,26 @@ def convert_file(
             'source_sha256': source_hash,
             'sha256': written_hash,
             'size': weights.stat().st_size,
+            'digest': digest,
+            **more,
         }
         _write_config(net, temporary / CONFIG_NAME, parsed, facts, license)
         (temporary / CARD_NAME).write_text(model_card(facts, directory.name, license), encoding='utf-8')
     return dict(facts, directory=str(directory))
 
 
-def create(name: str, **kwargs: Any) -> Any:
-    """Create a model with timm, with the variants registered."""
-    from . import crossformer  # noqa: F401, registers the variants
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, dtypes, shapes and bytes, in the order of names: what weights are, in whatever file they came."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f'{name} {str(tensor.dtype).partition(".")[2]} {list(tensor.shape)}\n'.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
+
+def create(name: str, **kwargs: Any) -> Any:
+    """Create a model with timm; whoever can call this has imported the package, so the variants are registered."""
     return timm.create_model(name, **kwargs)
 
 
@@ -263,8 +283,6 @@ def _variant(parsed: Checkpoint, model: Optional[str]) -> Tuple[str, Dict[str, A
     name, args = parsed.variant()
     if model is None:
         return name, args
-    from .crossformer import VARIANTS
-
     if model not in VARIANTS:
         raise CheckpointError(f'`model` is one of {", ".join(VARIANTS)}, got {model!r}.')
     free = ('num_classes', 'in_chans', 'group_size', 'lda_group_size', 'interval', 'lda_grouping')
@@ -313,30 +331,18 @@ def _new_directory(directory: Path) -> Iterator[Path]:
         os.umask(umask)
         for path in temporary.iterdir():
             path.chmod(0o666 & ~umask)
-            _sync(path)
+            sync(path)
         temporary.chmod(0o777 & ~umask)
-        _sync(temporary)
+        sync(temporary)
         if directory.is_dir() and any(directory.iterdir()):
             for path in sorted(temporary.iterdir(), reverse=True):  # the weights first
                 path.replace(directory / path.name)
             temporary.rmdir()
         else:
             temporary.replace(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file or directory to disk, where it can."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no directories
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_config(net: Any, path: Path, parsed: Checkpoint, facts: Dict[str, Any], license: Optional[str]) -> None:
@@ -397,12 +403,17 @@ def model_card(facts: Dict[str, Any], name: str, license: Optional[str] = None) 
         'Check a copy with `timm-crossformer verify DIR`.\n')
 
 
-def verify_directory(directory: Union[str, Path], against: Optional[Union[str, Path]] = None) -> List[Dict[str, Any]]:
+def verify_directory(
+        directory: Union[str, Path],
+        against: Optional[Union[str, Path]] = None,
+        photo: bool = True,
+) -> List[Dict[str, Any]]:
     """Check a directory that `convert_file` or timm wrote.
 
     Args:
         directory: With model.safetensors and config.json.
         against: A checkpoint whose weights and outputs it must reproduce, in the precision it was written in.
+        photo: Have a classifier of 1000 classes, ImageNet's then, name the cat on a photo.
 
     Returns:
         A record {check, ok, detail} per check, up to the first that makes further ones impossible.
@@ -445,12 +456,40 @@ def verify_directory(directory: Union[str, Path], against: Optional[Union[str, P
     with torch.inference_mode():
         output = net(image)
     check('forward', bool(torch.isfinite(output).all()), f'{list(image.shape)} -> {list(output.shape)}')
+    if photo and net.num_classes == 1000:
+        check('photo', *_names_the_cat(net))
     if against is not None:
         try:
             check('against', *_compare(net, parsed, image, output, Path(against)))
         except CheckpointError as e:
             check('against', False, str(e))
     return checks
+
+
+_CATS = range(281, 286)  # ImageNet-1k's classes of domestic cats
+
+
+def photo_path() -> Path:
+    """Return the photo of a cat: among the package's weights, or with the examples in a checkout."""
+    inside = weights_dir() / 'photo.jpg'
+    return inside if inside.is_file() else Path(__file__).parent.parent / 'examples' / 'photo.jpg'
+
+
+def _names_the_cat(net: Any) -> Tuple[bool, str]:
+    """Tell whether the five likeliest classes of the photo hold a cat, which chance finds once in 40 times."""
+    if net.in_chans != 3:
+        return True, f'not tried with {net.in_chans} channels'
+    if not photo_path().is_file():
+        return False, 'the photo of the package is missing: install it again'
+    with Image.open(photo_path()) as image:
+        pixels = create_transform(**resolve_data_config({}, model=net))(image.convert('RGB'))
+    with torch.inference_mode():
+        top = net(pixels[None])[0].softmax(dim=0).topk(5)
+    names = ImageNetInfo()
+    named = ', '.join(
+        f'{names.index_to_description(int(i)).split(",")[0]} {p:.0%}'
+        for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True))
+    return any(int(i) in _CATS for i in top.indices), f'a cat is shown, seen are {named}'
 
 
 def _compare(net: Any, parsed: Checkpoint, image: Tensor, output: Tensor, source: Path) -> Tuple[bool, str]:
@@ -503,7 +542,7 @@ def push_directory(
         FetchError: The Hub refused, or cannot be reached.
     """
     directory = Path(directory)
-    failed = [c for c in verify_directory(directory) if not c['ok']]
+    failed = [c for c in verify_directory(directory, photo=False) if not c['ok']]  # others have 1000 classes, too
     if failed:
         raise CheckpointError(
             f'{directory} fails the check of {failed[0]["check"]}: {failed[0]["detail"]}. Convert it again.')

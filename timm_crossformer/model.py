@@ -20,13 +20,10 @@ from torch import Tensor, nn
 
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
 from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
-from .convert import check_head, convert_state_dict, is_foreign
-from .layers import (
-    LDA_GROUPINGS,
-    CrossFormerBlock,
-    CrossScaleEmbed,
-    share_indices,
-)
+from .convert import check_head, check_variant, convert_state_dict, is_foreign
+from .layers import CrossFormerBlock, CrossScaleEmbed
+from .layers.parts import add_in_parts, goes_in_parts
+from .ops.grouping import LDA_GROUPINGS
 
 
 class CrossFormerStage(nn.Module):
@@ -88,9 +85,8 @@ class CrossFormerStage(nn.Module):
             x = self.blocks(x)
         elif self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
-        elif torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-            with share_indices():
-                x = self.blocks(x)
+        elif goes_in_parts(self.blocks, x):
+            x = add_in_parts(self.blocks, x)
         else:
             x = self.blocks(x)
         return x.permute(0, 3, 1, 2)
@@ -340,11 +336,15 @@ class CrossFormer(nn.Module):
         Raises:
             ValueError: The checkpoint does not fit.
         """
-        if is_foreign(state_dict):
+        if is_foreign(state_dict, self):
             state_dict = convert_state_dict(state_dict, self, partial=not strict)
         if strict:
             check_head(state_dict, self)
-        return super().load_state_dict(state_dict, strict, assign)
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError:
+            check_variant(state_dict, self)
+            raise
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
@@ -472,6 +472,16 @@ class CrossFormerFeatures(FeatureListNet):
     timm keeps stages under the names `stages_0`, ... here; `return_layers` takes the names of `feature_info`, too
     (`stages.0`, ...), by which transformers asks for hidden states.
     """
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights of any origin, as `CrossFormer` does; the final norm and the classifier are left out."""
+        if is_foreign(state_dict, self):
+            state_dict = convert_state_dict(state_dict, self, partial=not strict)
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError:
+            check_variant(state_dict, self)
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'return_layers':

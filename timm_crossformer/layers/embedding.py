@@ -1,13 +1,14 @@
 """Cross-scale embedding, CEL (paper, section 3.1): parallel convolutions of several kernel sizes, one stride."""
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-from .cpu import convolve, in_inference_graph, is_made_of, is_plain_conv, strided_conv
-from .operator import operator
+from ..ops.conv import strided_conv
+
+for name in ('check_map', 'pad_to_multiple', 'strided_conv'):  # sizes decide: one node each to a tracer
+    torch.fx.wrap(name)
 
 
 class CrossScaleEmbed(nn.Module):
@@ -45,7 +46,7 @@ class CrossScaleEmbed(nn.Module):
         splits.append(out_chans - sum(splits))
         self.norm_first = norm_first
         self.convs = nn.ModuleList([
-            nn.Conv2d(in_chans, chans, kernel, stride=stride, padding=(kernel - stride) // 2, **dd)
+            StridedConv(in_chans, chans, kernel, stride=stride, padding=(kernel - stride) // 2, **dd)
             for kernel, chans in zip(kernel_sizes, splits, strict=True)
         ])
         norm_dim = in_chans if norm_first else out_chans
@@ -54,83 +55,31 @@ class CrossScaleEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed x [B, C, H, W] as [B, out_chans, ceil(H / stride), ceil(W / stride)], a view of NHWC memory."""
         check_map(x, self.in_chans)
-        if not torch.jit.is_scripting() and self._is_one_operator(x):
-            return self._in_graph(x)
         if self.norm_first:
             x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = prepare_map(x, self.stride)
-        if torch.jit.is_scripting():
-            maps = [conv(x) for conv in self.convs]
-        else:
-            maps = [strided_conv(conv, x, self.stride) for conv in self.convs]
-        x = join_maps(maps)
+        x = join_maps([conv(x) for conv in self.convs])
         if not self.norm_first:
             x = self.norm(x)
         return x.permute(0, 3, 1, 2)
 
-    @torch.jit.unused
-    def _is_one_operator(self, x: Tensor) -> bool:
-        """Return whether, in a compiled graph, the embedding is exactly what the operator computes."""
-        return in_inference_graph(x) and _is_known(self)
+
+class StridedConv(nn.Conv2d):
+    """nn.Conv2d in the form that suits the device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x [B, C, H, W]."""
+        if torch.jit.is_scripting() or not self._is_usual():
+            return self._conv_forward(x, self.weight, self.bias)
+        else:
+            return strided_conv(x, self.weight, self.bias, self.stride[0], int(self.padding[0]))
 
     @torch.jit.unused
-    def _in_graph(self, x: Tensor) -> Tensor:
-        norm: Tuple[Any, Any, float] = (None, None, 0.)
-        if type(self.norm) is nn.LayerNorm:
-            norm = (self.norm.weight, self.norm.bias, self.norm.eps)
-        weights, biases = [conv.weight for conv in self.convs], [conv.bias for conv in self.convs]
-        return _embed(x, weights, biases, *norm, self.norm_first, self.stride).permute(0, 3, 1, 2)
-
-
-@torch.compiler.assume_constant_result  # as torch.compile has it for hooks
-def _is_known(embed: CrossScaleEmbed) -> bool:
-    """Return whether nothing but weights tells an embedding from others of its shape."""
-    return (
-        all(is_made_of(part, (nn.Conv2d, nn.LayerNorm, nn.Identity)) for part in (*embed.convs, embed.norm))
-        and all(is_plain_conv(conv, embed.stride) for conv in embed.convs)
-        and (type(embed.norm) is nn.Identity or embed.norm.weight is not None)
-    )
-
-
-def _empty_map(x: Tensor, weights: List[Tensor], *args: Any) -> Tensor:
-    stride: int = args[-1]
-    H, W = (x.shape[2] + stride - 1) // stride, (x.shape[3] + stride - 1) // stride
-    return x.new_empty([x.shape[0], H, W, sum(weight.shape[0] for weight in weights)])
-
-
-# Left to itself, torch.compile copies the image for each convolution and brings all weights into another order in
-# every call.
-@operator('embed', _empty_map)
-def _embed(
-        x: Tensor,
-        weights: List[Tensor],
-        biases: List[Optional[Tensor]],
-        norm_weight: Optional[Tensor],
-        norm_bias: Optional[Tensor],
-        eps: float,
-        norm_first: bool,
-        stride: int,
-) -> Tensor:
-    """Embed a map for inference in fp32 on a CPU, as eager mode does.
-
-    Args:
-        x: Map [B, C, H, W].
-        weights: Of the convolutions.
-        biases: Of the same.
-        norm_weight: Weight of the norm, None without norm.
-        (others): See `CrossScaleEmbed`.
-
-    Returns:
-        Map [B, ceil(H / stride), ceil(W / stride), channels].
-    """
-    if norm_weight is not None and norm_first:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), norm_weight.shape, norm_weight, norm_bias, eps).permute(0, 3, 1, 2)
-    x = prepare_map(x, stride)
-    pads = [(weight.shape[2] - stride) // 2 for weight in weights]
-    x = join_maps([convolve(x, w, b, stride, pad) for w, b, pad in zip(weights, biases, pads, strict=True)])
-    if norm_weight is not None and not norm_first:
-        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
-    return x
+    def _is_usual(self) -> bool:
+        """Return whether nobody has made it another kind of convolution than `strided_conv` knows."""
+        square = not isinstance(self.padding, str) and all(
+            a == b for a, b in (self.kernel_size, self.stride, self.padding))
+        return square and self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == 'zeros'
 
 
 def prepare_map(x: Tensor, stride: int) -> Tensor:
@@ -150,19 +99,18 @@ def join_maps(maps: List[Tensor]) -> Tensor:
     return torch.cat([m.permute(0, 2, 3, 1) for m in maps], dim=3).contiguous()
 
 
-@register_notrace_function  # sizes decide
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Continue x [B, C, H, W] with zeros at the bottom and right until `multiple` divides both sides."""
     H, W = x.shape[2], x.shape[3]
     pad_h, pad_w = (H + multiple - 1) // multiple * multiple - H, (W + multiple - 1) // multiple * multiple - W
     if torch.jit.is_scripting():
         return x if pad_h == 0 and pad_w == 0 else F.pad(x, [0, pad_w, 0, pad_h])
-    if not torch.compiler.is_compiling() and pad_h == 0 and pad_w == 0:  # a graph pads by 0 instead of branching
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which pads by 0 instead of branching
+    if not in_graph and pad_h == 0 and pad_w == 0:
         return x
     return F.pad(x, [0, pad_w, 0, pad_h])
 
 
-@register_notrace_function
 def check_map(x: Tensor, in_chans: int) -> None:
     """Raise ValueError unless x is a non-empty [B, in_chans, H, W] tensor of floating point numbers."""
     # Not timm's `_assert`: its message is made each time, and a size in a message ties a compiled graph to that size.

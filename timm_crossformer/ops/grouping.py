@@ -14,7 +14,6 @@ from torch import Tensor
 
 Layout = Tuple[int, int, int]  # regions, size, interval
 Segment = Tuple[int, int, int, int, int]  # start, regions, size, interval, phases
-Run = Tuple[int, int, int]  # groups, rows of a group, columns of a group
 
 LDA_GROUPINGS = ('map', 'region', 'grid')
 
@@ -106,24 +105,6 @@ def axis_segments(n: int, layout: Layout) -> List[Segment]:
     return segments
 
 
-def map_segments(
-        height: int,
-        width: int,
-        group_size: Tuple[int, int],
-        interval: int,
-        grouping: str,
-        fit: bool,
-) -> Tuple[List[Segment], List[Segment]]:
-    """Cut the rows and the columns of a map, laid out by `map_layout`, into segments."""
-    rows, cols = map_layout(height, width, group_size, interval, grouping, fit)
-    return axis_segments(height, rows), axis_segments(width, cols)
-
-
-def longest(segments: List[Segment]) -> int:
-    """Return the length of the longest groups."""
-    return max([segment[2] for segment in segments])
-
-
 def group_view(x: Tensor, rows: Segment, cols: Segment) -> Tensor:
     """View the tokens of two segments as groups; writing into the view writes into `x`.
 
@@ -148,48 +129,6 @@ def _split_axis(x: Tensor, dim: int, segment: Segment) -> Tensor:
     # Part of the phases of the one last region: windows of `phases` neighbours, one every `interval` tokens.
     x = x.narrow(dim, start, (size - 1) * interval + phases).unfold(dim, phases, interval)
     return x.movedim(-1, dim + 1).unsqueeze(dim)
-
-
-def list_runs(batch: int, rows: List[Segment], cols: List[Segment]) -> List[Run]:
-    """List the runs of equally long groups: one if groups divide the map, up to nine if they do not."""
-    runs: List[Run] = []
-    for row in rows:
-        for col in cols:
-            runs.append((batch * row[1] * row[4] * col[1] * col[4], row[2], col[2]))
-    return runs
-
-
-def to_groups(x: Tensor, rows: List[Segment], cols: List[Segment]) -> Tensor:
-    """Put tokens [B, H, W, C] in the order of their groups, run after run: [B * H * W, C], a view where order stays."""
-    C = x.shape[3]
-    if len(rows) == 1 and len(cols) == 1:
-        return group_view(x, rows[0], cols[0]).reshape(-1, C)
-    tokens = x.new_empty([x.shape[0] * x.shape[1] * x.shape[2], C])
-    start = 0
-    for row in rows:
-        for col in cols:
-            groups = group_view(x, row, col)
-            end = start + groups.numel() // C
-            tokens[start:end].view(groups.shape).copy_(groups)
-            start = end
-    return tokens
-
-
-def from_groups(tokens: Tensor, shape: List[int], rows: List[Segment], cols: List[Segment]) -> Tensor:
-    """Undo `to_groups`; `shape` is [B, H, W, C]."""
-    if len(rows) == 1 and len(cols) == 1:
-        row, col = rows[0], cols[0]
-        groups = tokens.view(shape[0], row[1], row[4], col[1], col[4], row[2], col[2], shape[3])
-        return groups.permute(0, 1, 5, 2, 3, 6, 4, 7).reshape(shape)
-    x = tokens.new_empty(shape)
-    start = 0
-    for row in rows:
-        for col in cols:
-            groups = group_view(x, row, col)
-            end = start + groups.numel() // shape[3]
-            groups.copy_(tokens[start:end].view(groups.shape))
-            start = end
-    return x
 
 
 def group_index(
