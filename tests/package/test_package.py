@@ -87,7 +87,9 @@ def test_the_wheel_holds_the_package_and_its_weights_and_nothing_else(wheel):
         metadata = archive.read(next(name for name in names if name.endswith('/METADATA'))).decode()
         entry = archive.read(next(name for name in names if name.endswith('/entry_points.txt'))).decode()
     tracked = {str(path.relative_to(ROOT)) for path in (ROOT / 'timm_crossformer').rglob('*.py')}
-    weights = {f'timm_crossformer/weights/{path.name}' for path in (ROOT / 'weights').iterdir()}
+    weights = {
+        f'timm_crossformer/weights/{path.name}'
+        for path in (*(ROOT / 'weights').iterdir(), ROOT / 'examples' / 'photo.jpg')}
     manifest = json.loads((ROOT / 'weights' / 'manifest.json').read_text())['weights']
     assert {f'timm_crossformer/weights/{record["bundled"]}' for record in manifest if record['bundled']} <= weights
     info = wheel.name.rpartition('-py3')[0] + '.dist-info/'
