@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    'linear layers': ('mm', 'addmm', '_linear_pointwise', '_Linear', '_LinearBackward'),
+    'linear layers': ('mm', 'addmm'),
     'attention': (
         'bmm', 'baddbmm', '_softmax', '_softmax_backward_data', '_scaled_dot_product_flash_attention_for_cpu'),
     'convolutions': ('mkldnn_convolution', 'convolution_backward', '_slow_conv2d_forward'),

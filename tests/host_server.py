@@ -3,8 +3,9 @@ import html
 import re
 import threading
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Dict, List
+
+from local_server import LocalServer, QuietHandler
 
 WARNING = """<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head><body>
 <p class="uc-warning-caption">Google Drive can't scan this file for viruses.</p>
@@ -21,10 +22,11 @@ UNKNOWN = '<html><head><title>Something new</title></head><body>Hello</body></ht
 PAGES = {'quota': QUOTA, 'denied': DENIED, 'unknown': UNKNOWN}
 
 
-class HostServer:
+class HostServer(LocalServer):
     """Files by id or name. `faults` makes the next answers for one wrong; `requests` records what was asked."""
 
     def __init__(self):
+        super().__init__(_Handler)
         self.files: Dict[str, bytes] = {}
         self.warned: set = set()  # files that are too large to scan
         self.action = ''  # where the warning page's form leads; '' is this server
@@ -32,39 +34,19 @@ class HostServer:
         self.requests: List[str] = []
         self.gate = threading.Event()  # files wait for it
         self.gate.set()
-        self._http = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'host': self}))
-        self._http.daemon_threads = True
-        self.address = f'http://127.0.0.1:{self._http.server_port}'
         self.drive, self.flowvision = f'{self.address}/drive', f'{self.address}/flowvision'
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={'poll_interval': 0.02}, daemon=True)
 
     def environment(self, store):
         return {'TIMM_CROSSFORMER_DRIVE_URL': self.drive, 'TIMM_CROSSFORMER_FLOWVISION_URL': f'{self.flowvision}/',
                 'TIMM_CROSSFORMER_CACHE': str(store)}
 
-    def __enter__(self):
-        self._thread.start()
-        return self
-
     def __exit__(self, *exc):
         self.gate.set()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        super().__exit__(*exc)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-    host: HostServer
-
-    def log_message(self, *args):
-        pass
-
-    def handle_one_request(self):
-        try:
-            super().handle_one_request()
-        except (ConnectionError, ValueError):  # the client may leave, or we cut it off
-            self.close_connection = True
+class _Handler(QuietHandler):
+    owner: HostServer
 
     def _answer(self, status, body, kind='application/octet-stream', **headers):
         self.send_response(status)
@@ -77,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        host = self.host
+        host = self.owner
         host.requests.append(self.path + (f' {self.headers["Range"]}' if 'Range' in self.headers else ''))
         address = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(address.query))

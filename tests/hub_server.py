@@ -3,49 +3,29 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Dict, List, Optional
+
+from local_server import LocalServer, QuietHandler
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
 
-class HubServer:
+class HubServer(LocalServer):
     """Repositories in memory. `faults` makes the next answers for a file wrong; `requests` records what was asked."""
 
     def __init__(self):
+        super().__init__(_Handler)
         self.repos: Dict[str, Dict[str, bytes]] = {}
         self.private: Dict[str, bool] = {}
         self.token: Optional[str] = None  # needed by every request if set
         self.faults: Dict[str, List[str]] = {}  # file name -> 'cut', 'flip' or an HTTP status, one per GET
         self.requests: List[str] = []
         self.uploads: Dict[str, bytes] = {}
-        self._http = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
-        self.endpoint = f'http://127.0.0.1:{self._http.server_port}'
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={'poll_interval': 0.02}, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc):
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        self.endpoint = self.address
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-    hub: HubServer
-
-    def log_message(self, *args):
-        pass
-
-    def handle_one_request(self):
-        try:
-            super().handle_one_request()
-        except (ConnectionError, ValueError):  # the client may leave, or we cut it off
-            self.close_connection = True
+class _Handler(QuietHandler):
+    owner: HubServer
 
     def _answer(self, status, body=b'', **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -59,19 +39,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _refused(self):
-        if self.hub.token and self.headers.get('Authorization') != f'Bearer {self.hub.token}':
+        if self.owner.token and self.headers.get('Authorization') != f'Bearer {self.owner.token}':
             self._answer(401, {'error': 'Invalid credentials'}, X_Error_Message='Invalid credentials')
             return True
         return False
 
     def _file(self):
-        self.hub.requests.append(f'{self.command} {self.path}')
+        self.owner.requests.append(f'{self.command} {self.path}')
         match = re.fullmatch(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', self.path)
         if self._refused():
             return
-        if not match or match[1] not in self.hub.repos:
+        if not match or match[1] not in self.owner.repos:
             return self._answer(404, {'error': 'Repository not found'}, X_Error_Code='RepoNotFound')
-        body = self.hub.repos[match[1]].get(match[3])
+        body = self.owner.repos[match[1]].get(match[3])
         if body is None:
             return self._answer(404, b'', X_Error_Code='EntryNotFound', X_Repo_Commit=COMMIT)
         etag = hashlib.sha256(body).hexdigest() if match[3].endswith(('.safetensors', '.pt', '.bin')) else (
@@ -79,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {'X_Repo_Commit': COMMIT, 'X_Linked_Etag': f'"{etag}"', 'X_Linked_Size': len(body)}
         if self.command == 'HEAD':
             return self._answer(200, b'', Content_Length=len(body), **headers)
-        faults = self.hub.faults.get(match[3], [])
+        faults = self.owner.faults.get(match[3], [])
         fault = faults.pop(0) if faults else ''
         if fault.isdigit():
             return self._answer(int(fault), {'error': 'made to fail'})
@@ -115,11 +95,11 @@ class _Handler(BaseHTTPRequestHandler):
         oid = self.path.rsplit('/', 1)[1]
         if hashlib.sha256(body).hexdigest() != oid:
             return self._answer(400, {'error': 'hash differs'})
-        self.hub.uploads[oid] = body
+        self.owner.uploads[oid] = body
         self._answer(200)
 
     def do_POST(self):
-        self.hub.requests.append(f'POST {self.path}')
+        self.owner.requests.append(f'POST {self.path}')
         body = self._body()
         if self._refused():
             return
@@ -128,11 +108,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == '/api/repos/create':
             asked = json.loads(body)
             repo = f'{asked["organization"]}/{asked["name"]}'
-            if repo in self.hub.repos:
-                return self._answer(409, {'error': 'exists', 'url': f'{self.hub.endpoint}/{repo}'})
-            self.hub.repos[repo] = {}
-            self.hub.private[repo] = asked.get('visibility') == 'private' or asked.get('private', False)
-            return self._answer(200, {'url': f'{self.hub.endpoint}/{repo}', 'name': repo, 'id': repo})
+            if repo in self.owner.repos:
+                return self._answer(409, {'error': 'exists', 'url': f'{self.owner.endpoint}/{repo}'})
+            self.owner.repos[repo] = {}
+            self.owner.private[repo] = asked.get('visibility') == 'private' or asked.get('private', False)
+            return self._answer(200, {'url': f'{self.owner.endpoint}/{repo}', 'name': repo, 'id': repo})
         match = re.fullmatch(r'/api/models/([^/]+/[^/]+)/(preupload|commit)/main', self.path)
         if match and match[2] == 'preupload':
             return self._answer(200, {'files': [
@@ -142,13 +122,13 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 value = line['value']
                 if line['key'] == 'file':
-                    self.hub.repos[match[1]][value['path']] = base64.b64decode(value['content'])
+                    self.owner.repos[match[1]][value['path']] = base64.b64decode(value['content'])
                 elif line['key'] == 'lfsFile':
-                    self.hub.repos[match[1]][value['path']] = self.hub.uploads[value['oid']]
+                    self.owner.repos[match[1]][value['path']] = self.owner.uploads[value['oid']]
             return self._answer(200, {
-                'success': True, 'commitOid': COMMIT, 'commitUrl': f'{self.hub.endpoint}/{match[1]}/commit/{COMMIT}'})
+                'success': True, 'commitOid': COMMIT, 'commitUrl': f'{self.owner.endpoint}/{match[1]}/commit/{COMMIT}'})
         if self.path.endswith('.git/info/lfs/objects/batch'):
             return self._answer(200, {'transfer': 'basic', 'objects': [
-                {**o, 'actions': {'upload': {'href': f'{self.hub.endpoint}/lfs/{o["oid"]}'}}}
+                {**o, 'actions': {'upload': {'href': f'{self.owner.endpoint}/lfs/{o["oid"]}'}}}
                 for o in json.loads(body)['objects']]})
         self._answer(404, {'error': f'no such route {self.path}'})

@@ -494,7 +494,9 @@ def test_own_weights_of_another_variant_get_the_same_hint(model, source, how, tm
     save_file(weights, path) if how == 'safetensors' else torch.save(weights, path)
     overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
     reason = r'ACL\)' if '_pp_' in source else 'It is of another variant'
-    with pytest.raises(CheckpointError, match=rf'{model}: \d+ .*{reason}: try {source}\.$'):
+    shallower = (model, source) == ('crossformer_base', 'crossformer_small')
+    what = r'the checkpoint lacks 312 weights: ' if shallower else r'\d+ '
+    with pytest.raises(CheckpointError, match=rf'{model}: {what}.*{reason}: try {source}\.$'):
         if how == 'state_dict':
             timm.create_model(model).load_state_dict(weights)
         elif how == 'container':

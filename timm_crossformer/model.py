@@ -3,8 +3,9 @@
 Papers: CrossFormer (ICLR 2022, arXiv 2108.00154), CrossFormer++ (TPAMI 2023, arXiv 2303.06908).
 Differences from the official code are listed in the README.
 """
+import contextlib
 from numbers import Real
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union, cast
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union, cast
 
 import torch
 from timm.layers import (
@@ -336,15 +337,10 @@ class CrossFormer(nn.Module):
         Raises:
             ValueError: The checkpoint does not fit.
         """
-        if is_foreign(state_dict, self):
-            state_dict = convert_state_dict(state_dict, self, partial=not strict)
-        if strict:
-            check_head(state_dict, self)
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError:
-            check_variant(state_dict, self)
-            raise
+        with _any_origin(state_dict, self, strict) as own:
+            if strict:
+                check_head(own, self)
+            return super().load_state_dict(own, strict, assign)
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
@@ -475,18 +471,25 @@ class CrossFormerFeatures(FeatureListNet):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights of any origin, as `CrossFormer` does; the final norm and the classifier are left out."""
-        if is_foreign(state_dict, self):
-            state_dict = convert_state_dict(state_dict, self, partial=not strict)
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError:
-            check_variant(state_dict, self)
-            raise
+        with _any_origin(state_dict, self, strict) as own:
+            return super().load_state_dict(own, strict, assign)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'return_layers':
             value = {layer.replace('.', '_'): index for layer, index in value.items()}
         super().__setattr__(name, value)
+
+
+@contextlib.contextmanager
+def _any_origin(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -> Iterator[Mapping[str, Any]]:
+    """Yield weights of any origin under the names of the model; if they do not fit, name the variant that they do."""
+    own = convert_state_dict(state_dict, model, partial=not strict) if is_foreign(state_dict, model) else state_dict
+    try:
+        yield own
+    except RuntimeError as e:
+        if not isinstance(e, ValueError):  # of PyTorch, not ours
+            check_variant(own, model)
+        raise
 
 
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax', '')

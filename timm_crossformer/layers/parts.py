@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.grouping import Layout
 from .attention import GroupAttention
 from .block import CrossFormerBlock
-from .plain import is_plain
+from .plain import is_eager_inference, is_plain
 from .position_bias import DynamicPosBias, OffsetLinear
 
 # Numbers of a map in a part, 2 MiB in fp32 and four times as much within the MLP: above 32 MiB glibc maps fresh pages
@@ -28,9 +28,7 @@ _TOKENWISE = (
 
 def goes_in_parts(blocks: nn.Sequential, x: Tensor) -> bool:
     """Return whether tokens x [B, H, W, C] should pass through blocks a part at a time: inference on a CPU."""
-    if type(x) is not Tensor or x.device.type != 'cpu' or torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if not is_eager_inference(x) or x.device.type != 'cpu':
         return False
     if x.numel() <= 2 * _PART:  # two parts are not worth their overhead
         return False

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import triton
 from ..ops.grouping import divide
-from .plain import is_plain
+from .plain import is_eager_inference, is_plain
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -62,13 +62,10 @@ class DynamicPosBias(nn.Module):
 
     def _suits_kernel(self, offsets: Tensor) -> bool:
         """Return whether one kernel can compute the whole MLP: inference in eager mode on CUDA."""
-        if type(offsets) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-            return False
         parameters = list(self.mlp.parameters())
         return (
-            is_plain(self.mlp, (nn.Sequential, OffsetLinear, nn.LayerNorm, nn.ReLU, nn.Linear))
+            is_eager_inference(offsets)
+            and is_plain(self.mlp, (nn.Sequential, OffsetLinear, nn.LayerNorm, nn.ReLU, nn.Linear))
             and len(self.mlp) == 10 and len(parameters) == 14
             and all(type(p) is nn.Parameter and p.dtype in _KERNEL_DTYPES for p in parameters)
             and triton.supports_table(parameters[0].shape[0], parameters[12].shape[0])
