@@ -18,7 +18,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist worksteal --durations 10 --durations-min
 QUICK := not slow and not clients and not network
 
 .NOTPARALLEL:
-.PHONY: demo test test-all slow durations oldest py313 conformance package clients quick check style bench tables
+.PHONY: demo test test-all slow oldest py313 conformance package clients quick check style bench tables
 
 # Name what is on a photo; extract its feature pyramid, print the shapes, and draw photo and levels side by side.
 demo: $(VENV)/demo
@@ -37,10 +37,6 @@ quick: $(VENV)/test
 
 slow: $(VENV)/test
 	$(BIN)/python $(PYTEST) -m "slow and not clients and not network"
-
-# Record which tests are long, for the order they are run in.
-durations: $(VENV)/test
-	$(BIN)/python $(PYTEST) --record-durations -m "not clients and not network"
 
 # The quick tests with the oldest versions of everything that is needed.
 oldest: $(VENV)-oldest/test

@@ -18,10 +18,6 @@ def _reproducible():
     torch.set_num_threads(threads)
 
 
-def pytest_addoption(parser):
-    parser.addoption('--record-durations', action='store_true', help='write tests/durations.json, see running_order.py')
-
-
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
@@ -31,14 +27,5 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
     workers = getattr(config, 'workerinput', {}).get('workercount', 1)
     if workers > 1:
-        known = running_order.recorded()
-        seconds = [known.get(item.nodeid, running_order.UNKNOWN['slow' in item.keywords]) for item in items]
-        items[:] = [items[i] for i in running_order.order(seconds, workers)]
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if config.getoption('record_durations'):
-        seconds = {}
-        for report in terminalreporter.getreports('passed') + terminalreporter.getreports(''):
-            seconds[report.nodeid] = seconds.get(report.nodeid, 0) + report.duration
-        running_order.record(seconds)
+        names = [f'{item.path.name}::{item.name.partition("[")[0]}' for item in items]
+        items[:] = [items[i] for i in running_order.order(names, workers)]

@@ -1,37 +1,29 @@
 """Long tests are spread over the workers and come first."""
+from pathlib import Path
+
 import pytest
 import running_order
 
 
 @pytest.mark.parametrize('workers', [1, 2, 3, 4])
-@pytest.mark.parametrize('seconds', [[], [1.], [9.], [0.] * 7, [3., 0., 9., 0., 5., 0., 0., 4., 0., 0.], [5.] * 5],
-                         ids=['none', 'short', 'long', 'all short', 'mixed', 'all long'])
-def test_every_test_runs_once_and_long_ones_first(seconds, workers):
-    order = running_order.order(seconds, workers)
-    assert sorted(order) == list(range(len(seconds)))
-    start, left = 0, len(seconds)
-    for remaining in range(workers, 0, -1):  # as worksteal cuts the list
-        size = left // remaining
-        piece = order[start:start + size]
-        start, left = start + size, left - size
-        long = [seconds[i] for i in piece if seconds[i] >= running_order.LONG]
-        assert [seconds[i] for i in piece[:len(long)]] == sorted(long, reverse=True)
-        assert piece[len(long):] == sorted(piece[len(long):])
+@pytest.mark.parametrize('names', ['', 'a', 'A', 'aaaaaaa', 'aBaAaabBaab', 'ABBBA', 'aaaaaaaaaaaaaaaaaB'])
+def test_every_test_runs_once(names, workers):
+    assert sorted(running_order.order(names, workers, 'AB')) == list(range(len(names)))
 
 
-def test_long_tests_are_shared_evenly():
-    order = running_order.order([9., 5., 4., *[0.] * 97], 2)
-    assert order[0] == 0 and order[50:52] == [1, 2]
+@pytest.mark.parametrize('names, pieces', [
+    ('abcde', ['abcde']), ('aBcAd', ['ABacd']), ('abcde', ['ab', 'cde']), ('abAcdBefC', ['ACab', 'Bcdef']),
+    ('Aabcdefg', ['Aa', 'bcd', 'efg']), ('aaaABCDa', ['AD', 'Baa', 'Caa']),
+])
+def test_each_worker_starts_with_its_share_of_the_long_ones(names, pieces):
+    order = running_order.order(names, len(pieces), 'ABCD')
+    for remaining, piece in zip(range(len(pieces), 0, -1), pieces, strict=True):  # as worksteal cuts the list
+        size = len(order) // remaining
+        assert ''.join(names[i] for i in order[:size]) == piece
+        order = order[size:]
 
 
-def test_only_long_tests_are_recorded_and_those_that_did_not_run_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(running_order, 'RECORD', tmp_path / 'durations.json')
-    assert running_order.recorded() == {}
-    running_order.record({'a': 30.04, 'b': 1., 'c': 7.})
-    running_order.record({'a': 1., 'd': 2.})
-    assert running_order.recorded() == {'c': 7., 'd': 2.}
-
-
-def test_what_is_recorded_exists():
-    root = running_order.RECORD.parents[1]
-    assert {name for name in running_order.recorded() if not (root / name.partition('::')[0]).exists()} == set()
+def test_long_tests_exist():
+    for name in running_order.LONG:
+        file, _, test = name.partition('::')
+        assert f'def {test}(' in Path(__file__).with_name(file).read_text(), name
