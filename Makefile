@@ -51,7 +51,7 @@ py313:
 	@echo "Left out: the tests with Python 3.13. There is no python3.13 on the path."
 endif
 
-# timm's own tests, of the version that is installed, on the models of this package.
+# timm's own tests, of the version that is installed, on one model per kind of network; with VARIANTS=all on all.
 conformance: $(VENV)/conformance
 	$(BIN)/python tests/conformance/fetch.py
 	$(BIN)/python $(PYTEST) tests/conformance

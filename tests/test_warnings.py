@@ -1,14 +1,13 @@
 """With `python -W error` whatever users do is silent: import, create, run, train, compile, save, and every command.
 
-Left out: TorchScript, whose end torch announces to everybody who asks for it, and what older versions of torch say of
-themselves while they compile.
+Exports of other formats are in test_export.py. Left out: TorchScript, whose end torch announces to everybody who asks
+for it, and what older versions of torch say of themselves while they compile.
 """
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
@@ -70,11 +69,6 @@ COMMANDS = {
     'exec': ['exec', 'script.py'],
     'export torch': ['export', 'model.pt2', '--model', 'test_crossformer', '--format', 'torch', '--size', '64'],
 }
-SLOW_COMMANDS = {
-    f'export {name}': ['export', f'model{suffix}', '--model', 'test_crossformer', '--format', name, '--dynamic',
-                       '--verify'] for name, suffix in (('onnx', '.onnx'), ('openvino', '.xml'))
-}
-
 # Runs every case, in one process: each one alone would import PyTorch again.
 DRIVER = '''
 import json, sys, traceback
@@ -113,11 +107,3 @@ def test_no_warning(tmp_path):
         cases = {case: code for case, code in cases.items() if not case.startswith('compile')}
     loud = {case: error for case, error in run(cases, tmp_path).items() if error}
     assert not loud, '\n'.join(f'---- {case}\n{error}' for case, error in loud.items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('case', SLOW_COMMANDS)
-def test_no_warning_of_an_export(case, tmp_path):
-    pytest.importorskip(case.split()[1])
-    results = run({'import': USES['import'], case: SLOW_COMMANDS[case]}, tmp_path)
-    assert not any(results.values()), results
