@@ -5,9 +5,22 @@ of another's piece. So every piece starts with its share of the long tests, and 
 """
 from typing import List, Sequence
 
-LONG = (  # the longest first, those marked `slow` and others
-    'test_distributed.py::test_ranks_give_the_gradients_of_one_process',
-    'test_export.py::test_files_run_at_sizes_not_seen_at_export',
+# Those marked `slow` and others, the longest first. Not here: tests whose cases share one long fixture, which would run in
+# every worker.
+LONG = (
+    'test_export.py::test_the_command_exports_a_classifier_without_a_warning',
+    'test_export.py::test_files_of_a_pyramid_run_at_sizes_not_seen_at_export',
+    'test_export.py::test_aotinductor_compiles_a_program_of_one_size',
+    'test_export.py::test_inductor',
+    'test_bench.py::test_peers_are_the_same_networks',
+    'test_warnings.py::test_no_warning',
+    'test_train.py::test_killed_run_ends_like_an_uninterrupted_one',
+    'test_export.py::test_compiled_for_inference_one_graph_serves_all_sizes',
+    'test_export.py::test_an_exported_program_takes_sizes_it_has_not_seen',
+    'test_model.py::test_tracing_needs_no_special_mode',
+    'test_model.py::test_gradients_are_those_of_finite_differences',
+    'test_timm_contract.py::test_forward_and_heads',
+    'test_golden.py::test_outputs_of_the_official_code',
 )
 
 
