@@ -5,8 +5,8 @@ of another's piece. So every piece starts with its share of the long tests, and 
 """
 from typing import List, Sequence
 
-# Those marked `slow` and others, the longest first. Not here: tests whose cases share one long fixture, which would run in
-# every worker.
+# Those marked `slow` and others, the longest first. Not here: cases that share a long fixture; spread, they would run
+# it in every worker.
 LONG = (
     'test_export.py::test_the_command_exports_a_classifier_without_a_warning',
     'test_export.py::test_files_of_a_pyramid_run_at_sizes_not_seen_at_export',
