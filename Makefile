@@ -11,13 +11,14 @@ find = $(firstword $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyen
 PYTHON311 = $(or $(call find,3.11),$(PYTHON))
 PYTHON313 := $(call find,3.13)
 
-# As many workers as there are cores on a small machine; tests/conftest.py gives each of them its long tests first.
+# One pool of workers that stays busy: each starts with long tests and takes from the others when it is through, see
+# tests/running_order.py.
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --durations 10 --durations-min 2
 QUICK := not slow and not clients and not network
 
 .NOTPARALLEL:
-.PHONY: demo test test-all slow oldest py313 clients quick check style bench tables
+.PHONY: demo test test-all slow oldest py313 conformance package clients quick check style bench tables
 
 # Name what is on a photo; extract its feature pyramid, print the shapes, and draw photo and levels side by side.
 demo: $(VENV)/demo
@@ -29,7 +30,7 @@ demo: $(VENV)/demo
 test: check quick
 
 # All there is: the long tests, other versions, timm's own tests, the wheel, other people's packages.
-test-all: test slow oldest py313 clients
+test-all: test slow oldest py313 conformance package clients
 
 quick: $(VENV)/test
 	$(BIN)/python $(PYTEST) -m "$(QUICK)"
@@ -49,6 +50,15 @@ else
 py313:
 	@echo "Left out: the tests with Python 3.13. There is no python3.13 on the path."
 endif
+
+# timm's own tests, of the version that is installed, on one model per kind of network; with VARIANTS=all on all.
+conformance: $(VENV)/conformance
+	$(BIN)/python tests/conformance/fetch.py
+	$(BIN)/python $(PYTEST) tests/conformance
+
+# Build wheel and source distribution, use them away from here.
+package: $(VENV)/package
+	$(BIN)/python -m pytest tests/package
 
 # The tests inside segmentation-models-pytorch, torchvision, transformers, ... Two of them need an environment of their
 # own.
@@ -85,6 +95,14 @@ $(VENV)/demo: $(VENV)/uv pyproject.toml
 $(VENV)/test: $(VENV)/uv pyproject.toml
 	$(BIN)/python benchmarks/versions.py newest > $(VENV)/constraints.txt
 	$(INSTALL) -e ".[test]" -c $(VENV)/constraints.txt
+	touch $@
+
+$(VENV)/conformance: $(VENV)/test
+	$(INSTALL) expecttest pdm-backend
+	touch $@
+
+$(VENV)/package: $(VENV)/test
+	$(INSTALL) twine
 	touch $@
 
 $(VENV)/clients: $(VENV)/test pyproject.toml

@@ -333,7 +333,7 @@ def versions(results: Path) -> str:
     frame = frame.rename(columns={'python': 'Python'})[['Python', 'torch', 'timm', 'tests', 'command']]
     return (
         f'It needs Python {needs.replace(">=", "")}, torch {floors["torch"]} and timm {floors["timm"]}, or newer. '
-        f'These have a make target, on Linux and CPU; CI runs newest on 3.11:\n\n{markdown(frame)}')
+        f'CI runs these, on Linux and CPU:\n\n{markdown(frame)}')
 
 
 # ---- files

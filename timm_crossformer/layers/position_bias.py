@@ -55,7 +55,10 @@ class DynamicPosBias(nn.Module):
         if device_type == 'cuda' and self._suits_kernel(offsets):
             norms = [layer.eps for layer in self.mlp if isinstance(layer, nn.LayerNorm)]
             return triton.position_table(offsets, list(self.mlp.parameters()), norms).permute(1, 2, 0)
-        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        # The compiler of torch 2.9 cannot trace the question whether there is autocast; where it compiles to, there is.
+        available = device_type != 'meta' and (
+            torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type))
+        if not available or not torch.is_autocast_enabled(device_type):
             return self.mlp(offsets)
         with torch.autocast(device_type, enabled=False):
             return self.mlp(offsets)
