@@ -67,6 +67,7 @@ COMMANDS = {
     'push': ['push', 'converted', 'me/model', '--dry-run'],
     'classify': ['classify', PHOTO],
     'features': ['features', PHOTO, '--out', 'pyramid.png'],
+    'attention': ['attention', PHOTO, '--at', '0.4,0.6', '--out', 'attention.png'],
     'exec': ['exec', 'script.py'],
     'export torch': ['export', 'model.pt2', '--model', 'test_crossformer', '--format', 'torch', '--size', '64'],
 }
