@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 TINY = dict(num_classes=3, depths=(1, 2), embed_dim=16, num_heads=(1, 2), interval=(2, 1), group_size=3)
 KINDS = {
     'map': {}, 'region': dict(lda_grouping='region'), 'grid': dict(lda_grouping='grid'),
-    'pp': dict(cooling=True, group_size=((4, 4), 4, (14, 14, 7), 7)),
+    'pp': dict(cooling=True, group_size=((4, 4), 4, (14, 7), 7)),
     'lucidrains': dict(pos_bias='lucidrains', lda_grouping='region'), 'fit_groups': dict(fit_groups=True),
 }
 SIZES = ((1, 33, 97), (3, 191, 70), (1, 224, 224), (1, 33, 33))

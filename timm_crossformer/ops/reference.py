@@ -36,8 +36,6 @@ def open_groups(
         Mask [B * groups, 1, 1, N]: 0 for keys that exist, else far below any score.
         Place of each token among the members of all groups [B, H, W].
     """
-    if not torch.jit.is_scripting():
-        rows, cols = _opaque(rows), _opaque(cols)
     B, H, W, _ = qkv.shape
     gh, gw = rows[1], cols[1]
     index, real, inverse = group_index(H, W, rows, cols, qkv.device)  # [groups, N], [groups, N], [H * W]
@@ -69,11 +67,11 @@ def _pair_bias(table: Tensor, gh: int, gw: int) -> Tensor:
 
 
 @torch.jit.unused
-def _opaque(layout: Layout) -> Layout:
+def opaque(layout: Layout) -> Layout:
     """In an export, hide how a layout follows from the size of the map: it would carry the formulas everywhere."""
     if not torch.compiler.is_exporting() or all(type(n) is int for n in layout):
         return layout  # or one size is exported
-    opaque: List[Any] = [torch.scalar_tensor(n, dtype=torch.long).item() for n in layout]
-    for n in opaque:
+    hidden: List[Any] = [torch.scalar_tensor(n, dtype=torch.long).item() for n in layout]
+    for n in hidden:
         torch._check(n >= 1)
-    return opaque[0], opaque[1], opaque[2]
+    return hidden[0], hidden[1], hidden[2]
