@@ -20,6 +20,7 @@ import roofline
 import rows
 import targets
 from cases import Case
+from common import fakes_cuda
 from measuring import WrongResult
 
 TINY = Case('test_crossformer', size='64')
@@ -246,6 +247,7 @@ def test_a_command_prints_and_writes(tmp_path, capsys, small_gemm):
     assert (row.contestant, row.size, row.rounds, len(row.times)) == ('test_crossformer', '32', 2, 2)
 
 
+@fakes_cuda
 def test_all_runs_every_part_and_says_what_it_cost(tmp_path, monkeypatch, small_plans, capsys):
     monkeypatch.setattr(bench, 'measure_memory', lambda case: row_of(case, '', peak_mib=7., hardware='an abacus'))
     monkeypatch.setattr(bench.timm, 'list_models', lambda module: ['test_crossformer'])
@@ -298,6 +300,7 @@ def test_products_inside_the_operator_are_attention():
     assert 0 < line['attention'] + line['linear layers'] <= line['total']
 
 
+@fakes_cuda
 def test_the_roofline_counts_what_a_card_would_run():
     found = roofline.count('crossformer_small', '224', 1, 'bf16')
     assert found['flops'].sum() / 2e9 == pytest.approx(4.91, rel=.03)

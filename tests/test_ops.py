@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import timm
 import torch
-from common import GROUPINGS, noise, small
+from common import GROUPINGS, fakes_cuda, noise, small
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -219,9 +219,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not triton.is_installed(), reason='needs Triton')
-@pytest.mark.skipif(
-    torch.__version__.startswith('2.9.') and not torch.cuda.is_available(),
-    reason='torch 2.9 asks the driver for the layout of fake CUDA tensors')
+@fakes_cuda
 @pytest.mark.parametrize(('variant', 'most'), [
     ('crossformer_small', 165), ('crossformer_pp_small', 320), ('crossformer_base', 300)])
 def test_a_block_on_cuda_is_ten_launches_at_every_size(variant, most):

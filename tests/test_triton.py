@@ -195,6 +195,7 @@ def test_tiles_are_what_tensor_cores_take(head_dim, members):
             assert ops.launch_options(dtype, block, backward)['num_warps'] >= 1
 
 
+@pytest.mark.filterwarnings('ignore:Please use the new API settings to control TF32')  # torch 2.9
 @pytest.mark.parametrize('precision,allowed', [('highest', False), ('high', True), ('medium', True)])
 def test_tf32_follows_pytorch(precision, allowed):
     before = torch.get_float32_matmul_precision()

