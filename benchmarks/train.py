@@ -363,7 +363,12 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         ], 1, args.seed)
     indices = random_subset(len(train_set), args.train_limit)
     same_split = args.val_split == args.train_split  # then other images: those at the other end of the permutation
-    val_keys = [(0, i) for i in random_subset(len(val_set), args.val_limit, same_split).tolist()[rank::ranks]]
+    val_indices = random_subset(len(val_set), args.val_limit, same_split)
+    if same_split and len(indices) + len(val_indices) > len(train_set):
+        raise ValueError(
+            f'Training and validation need different images, got {len(indices)} and {len(val_indices)} of the '
+            f'{len(train_set)} in {args.train_split!r}. Lower `--train-limit` or `--val-limit`, or set `--val-split`.')
+    val_keys = [(0, i) for i in val_indices.tolist()[rank::ranks]]
     loader_args: Dict[str, Any] = dict(num_workers=args.workers, pin_memory=device.type == 'cuda')
     if args.augment == 'batch':
         loader_args['collate_fn'] = as_it_is
@@ -489,13 +494,11 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def add_row(path: Path, row: Dict[str, Any]) -> None:
-    """Add a row to a CSV file, which is made if it is not there; only what `small` runs differ in, and results."""
+    """Add the columns `SUMMARY` of a row to a CSV file, which is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    row = {name: row[name] for name in SUMMARY}
-    new = not path.exists()
     with open(path, 'a', newline='') as file:
-        writer = csv.DictWriter(file, SUMMARY, lineterminator='\n')
-        if new:
+        writer = csv.DictWriter(file, SUMMARY, extrasaction='ignore', lineterminator='\n')
+        if not file.tell():
             writer.writeheader()
         writer.writerow(row)
 
