@@ -484,7 +484,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
             print(', '.join(f'{k} {v}' for k, v in row.items() if v != ''), flush=True)
             write_log(rows, folder, f'{args.model}, {parameters / 1e6:.2f} M parameters')
     if main and args.summary:
-        add_row(Path(args.summary), dict(settings, **rows[-1]))
+        add_row(Path(args.summary), dict(rows[-1], **settings))
     if main:
         tensors = {k: v.detach().cpu().contiguous() for k, v in (ema.module if ema else model).state_dict().items()}
         safetensors.torch.save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})

@@ -100,7 +100,7 @@ def test_loss_falls_and_the_files_are_there(train, data, tmp_path):
     assert (tmp_path / 'plot.svg').read_text().startswith('<?xml')
     with open(summary, newline='') as file:
         rows = list(csv.DictReader(file))
-    assert [(row['epochs'], float(row['accuracy'])) for row in rows] == 2 * [('6', last['accuracy'])]
+    assert [(row['lr'], float(row['accuracy'])) for row in rows] == 2 * [('0.002', last['accuracy'])]
 
 
 def test_imagenet_recipe_is_the_official_one(train):
