@@ -5,19 +5,20 @@ BIN := $(VENV)/bin
 UV = $(BIN)/uv
 INSTALL = $(UV) pip install -q --python $(BIN)/python
 
-# python3.11, or the Python at hand where it has another name; python3.13, or nothing: on the path, or from pyenv.
+# python3.11, or the Python at hand where it has another name; python3.13, or that again: on the path, or from pyenv.
 find = $(firstword $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(1)*/bin/python; do \
 	"$$python" -c '' 2>/dev/null && echo "$$python"; done))
 PYTHON311 = $(or $(call find,3.11),$(PYTHON))
-PYTHON313 := $(call find,3.13)
+PYTHON313 = $(or $(call find,3.13),$(PYTHON))
 
-# As many workers as there are cores on a small machine; tests/conftest.py gives each of them its long tests first.
+# One pool of workers that stays busy: each starts with long tests and takes from the others when it is through, see
+# tests/running_order.py.
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --durations 10 --durations-min 2
 QUICK := not slow and not clients and not network
 
 .NOTPARALLEL:
-.PHONY: demo test test-all slow oldest py313 clients quick check style bench tables
+.PHONY: demo test test-all slow oldest conformance package clients quick check style bench tables
 
 # Name what is on a photo; extract its feature pyramid, print the shapes, and draw photo and levels side by side.
 demo: $(VENV)/demo
@@ -29,7 +30,7 @@ demo: $(VENV)/demo
 test: check quick
 
 # All there is: the long tests, other versions, timm's own tests, the wheel, other people's packages.
-test-all: test slow oldest py313 clients
+test-all: test slow oldest conformance package clients
 
 quick: $(VENV)/test
 	$(BIN)/python $(PYTEST) -m "$(QUICK)"
@@ -41,21 +42,22 @@ slow: $(VENV)/test
 oldest: $(VENV)-oldest/test
 	$(VENV)-oldest/bin/python $(PYTEST) -m "$(QUICK)"
 
-# The quick tests with Python 3.13, where there is one.
-ifneq ($(PYTHON313),)
-py313: $(VENV)-py313/test
-	$(VENV)-py313/bin/python $(PYTEST) -m "$(QUICK)"
-else
-py313:
-	@echo "Left out: the tests with Python 3.13. There is no python3.13 on the path."
-endif
+# timm's own tests, of the version that is installed, on one model per kind of network; with VARIANTS=all on all.
+conformance: $(VENV)/conformance
+	$(BIN)/python tests/conformance/fetch.py
+	$(BIN)/python $(PYTEST) tests/conformance
 
-# The tests inside segmentation-models-pytorch, torchvision, transformers, ... (tests/clients). Two of them need an
-# environment of their own.
+# Build wheel and source distribution, use them away from here, and run the quick tests of the one on the other, with
+# Python 3.13 where there is one.
+package: $(VENV)/package
+	PACKAGE_PYTHON=$(PYTHON313) WORKERS=$(WORKERS) $(BIN)/python -m pytest tests/package
+
+# The tests inside segmentation-models-pytorch, torchvision, transformers, ... Two of them need an environment of their
+# own.
 clients: $(VENV)/clients $(VENV)-terratorch/clients $(VENV)-mmpretrain/clients
 	REQUIRE_CLIENTS=1 $(VENV)-terratorch/bin/python -m pytest tests/clients/test_terratorch.py
 	REQUIRE_CLIENTS=1 $(VENV)-mmpretrain/bin/python -m pytest tests/clients/test_mmpretrain.py
-	REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m clients tests/clients \
+	REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m clients tests \
 		--ignore tests/clients/test_terratorch.py --ignore tests/clients/test_mmpretrain.py
 
 check: $(VENV)/test
@@ -87,6 +89,14 @@ $(VENV)/test: $(VENV)/uv pyproject.toml
 	$(INSTALL) -e ".[test]" -c $(VENV)/constraints.txt
 	touch $@
 
+$(VENV)/conformance: $(VENV)/test
+	$(INSTALL) expecttest pdm-backend
+	touch $@
+
+$(VENV)/package: $(VENV)/test
+	$(INSTALL) twine
+	touch $@
+
 $(VENV)/clients: $(VENV)/test pyproject.toml
 	$(INSTALL) -e ".[test,clients]" -c $(VENV)/constraints.txt
 	touch $@
@@ -95,12 +105,6 @@ $(VENV)-oldest/test: $(VENV)/uv pyproject.toml
 	$(UV) venv -q --clear --python $(PYTHON311) $(VENV)-oldest
 	$(BIN)/python benchmarks/versions.py oldest > $(VENV)-oldest/constraints.txt
 	$(UV) pip install -q --python $(VENV)-oldest/bin/python -e ".[test]" -c $(VENV)-oldest/constraints.txt
-	touch $@
-
-$(VENV)-py313/test: $(VENV)/uv pyproject.toml
-	$(UV) venv -q --clear --python $(PYTHON313) $(VENV)-py313
-	$(BIN)/python benchmarks/versions.py newest > $(VENV)-py313/constraints.txt
-	$(UV) pip install -q --python $(VENV)-py313/bin/python -e ".[test]" -c $(VENV)-py313/constraints.txt
 	touch $@
 
 $(VENV)-%/clients: $(VENV)/uv pyproject.toml tests/clients/requirements-%.txt

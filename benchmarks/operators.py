@@ -2,51 +2,59 @@
 
     python benchmarks/operators.py
 
-Cases are those of targets that are hard to meet. Contestants take turns; times are means over rounds of what PyTorch's
-profiler counts for an operator without those inside it. Writes results/operators.csv.
+Contestants take turns; times are means over rounds of what PyTorch's profiler counts for an operator without those
+inside it. Writes results/operators.csv.
 """
-import argparse
 import collections
-import csv
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Sequence
 
-import bench
+import pandas as pd
 import torch
+from cases import BIRDER, LUCIDRAINS, PP_SMALL, SMALL, SMALL_TRAINED, VIT_PYTORCH, Case, build, prepare
+from measuring import machine
+from rows import RESULTS
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
     'linear layers': ('mm', 'addmm'),
     'attention': (
-        'bmm', 'baddbmm', '_softmax', '_softmax_backward_data', '_scaled_dot_product_flash_attention_for_cpu'),
-    'convolutions': ('mkldnn_convolution', 'convolution_backward', '_slow_conv2d_forward'),
+        'bmm', 'baddbmm', '_softmax', '_softmax_backward_data', '_scaled_dot_product_flash_attention_for_cpu',
+        '_scaled_dot_product_flash_attention_for_cpu_backward', '_scaled_dot_product_efficient_attention'),
+    'convolutions': ('mkldnn_convolution', 'convolution', 'convolution_backward', '_slow_conv2d_forward'),
     'GELU': ('gelu', 'gelu_backward'),
     'norms': ('native_layer_norm', 'native_layer_norm_backward', 'var_mean', 'var', 'mean'),
-    'copies': ('copy_', 'cat', 'clone', 'stack', 'index', 'gather', 'index_select', 'fill_', 'zero_'),
+    'copies': ('copy_', 'cat', 'clone', 'stack', 'index', 'gather', 'index_select', 'fill_', 'zero_', '_to_copy',
+               'constant_pad_nd', 'roll'),
 }
-OTHERS = 'others'  # sums, residuals, biases of attention, optimizer, Python
+OTHERS = 'others'  # sums, residuals, optimizer, Python
 SETS = [
-    [bench.Case(name, task=task, size='224', batch=8, threads=threads) for name in names]
+    [Case(name, task, batch=8, threads=threads) for name in names]
     for task, names in (
-        ('logits', ('crossformer_small', bench.BIRDER, 'crossformer_lucidrains', bench.VIT_PYTORCH)),
-        ('train', (bench.SMALL_TRAINED, bench.BIRDER)),
+        ('logits', (SMALL, BIRDER, LUCIDRAINS, VIT_PYTORCH)),
+        ('train', (SMALL_TRAINED, BIRDER)),
     )
     for threads in (1, 2)
-] + [[bench.Case(f'crossformer_pp_small lda_grouping={grouping}', task='features', size='800x1344', threads=2)
+] + [[Case(f'{PP_SMALL} lda_grouping={grouping}', 'features', size='800x1344', threads=2)
       for grouping in ('map', 'region')]]
 
 
-def kind_of(operator: str) -> str:
-    """Return which of `KINDS` an operator, 'aten::mm' for instance, belongs to."""
-    name = operator.rpartition('::')[2]
-    return next((kind for kind, names in KINDS.items() if name in names), OTHERS)
+def kind_of(operator: str, around: Sequence[str] = ()) -> str:
+    """Return the kind of an operator, 'aten::mm' for instance, given those that called it.
+
+    Products and all else inside the operator of attention are attention; what it copies counts as copies, as elsewhere.
+    """
+    name = operator.rpartition('::')[2].partition('.')[0]
+    kind = next((kind for kind, names in KINDS.items() if name in names), OTHERS)
+    inside = any('grouped_attention' in name for name in (operator, *around))
+    return 'attention' if inside and kind != 'copies' else kind
 
 
-def measure(cases: Sequence[bench.Case], rounds: int) -> List[Dict[str, object]]:
+def measure(cases: Sequence[Case], rounds: int) -> List[Dict[str, Any]]:
     """Profile cases in turns."""
     torch.set_num_threads(cases[0].threads)
-    runs = [bench.prepare(case) for case in cases]
+    runs = [prepare(case) for case in cases]
     for run in runs * 2:
         run()
     totals: List[Dict[str, float]] = [collections.defaultdict(float) for _ in cases]
@@ -54,34 +62,26 @@ def measure(cases: Sequence[bench.Case], rounds: int) -> List[Dict[str, object]]
         for run, total in zip(runs, totals, strict=True):
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 run()
-            for event in profiler.key_averages():
-                total[kind_of(event.key)] += event.self_cpu_time_total / 1e3 / rounds
-    bench.build.cache_clear()
-    rows = []
+            for event in profiler.events():
+                around, parent = [], event.cpu_parent
+                while parent is not None:
+                    around.append(parent.name)
+                    parent = parent.cpu_parent
+                total[kind_of(event.name, around)] += event.self_cpu_time_total / 1e3 / rounds
+    build.cache_clear()
+    lines = []
     for case, total in zip(cases, totals, strict=True):
-        row: Dict[str, object] = {
-            name: getattr(case, name) for name in ('contestant', 'task', 'size', 'batch', 'threads')}
-        row.update({kind: round(total[kind]) for kind in (*KINDS, OTHERS)})
-        rows.append(dict(row, total=round(sum(total.values())), **bench.machine('cpu')))
-    return rows
+        about = {name: getattr(case, name) for name in ('contestant', 'task', 'size', 'batch', 'threads')}
+        kinds = {kind: round(total[kind]) for kind in (*KINDS, OTHERS)}
+        lines.append({**about, **kinds, 'total': round(sum(total.values())), **machine('cpu')})
+    return lines
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--results', type=Path, default=bench.RESULTS, help='folder of the CSV file')
-    args = parser.parse_args(argv)
-    rows: List[Dict[str, object]] = []
-    for cases in SETS:
-        rows += measure(cases, args.rounds)
-        print(*(f'{row["contestant"]}: {row["total"]} ms' for row in rows[-len(cases):]), sep='\n', flush=True)
-    with open(args.results / 'operators.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-    return 0
+def write(folder: Path = RESULTS, rounds: int = 5) -> None:
+    """Profile all cases and write their rows."""
+    lines = [line for cases in SETS for line in measure(cases, rounds)]
+    pd.DataFrame(lines).to_csv(folder / 'operators.csv', index=False)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(write())

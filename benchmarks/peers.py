@@ -5,12 +5,11 @@
 Runs one after the other, each in a folder of its own below --work; the same command goes on after an interruption.
 """
 import argparse
-import csv
-import statistics
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+import pandas as pd
 import timm
 import torch
 import train
@@ -67,7 +66,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 f'{peer} and {wanted} for CrossFormer. Change its dims.')
 
     rows: List[Dict[str, Any]] = []
-    logs: Dict[str, List[List[Dict[str, str]]]] = {peer: [] for peer in PEERS}
+    logs: List[pd.DataFrame] = []
     for seed in args.seeds:
         for peer in PEERS:
             folder = Path(args.work) / f'{peer.lower()}-{seed}'
@@ -77,23 +76,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             run.model_kwargs = arguments_of(peer, args.img_size)
             print(f'{peer}, seed {seed}', flush=True)
             last = train.train(run)
-            with open(folder / 'log.csv', newline='') as file:
-                logs[peer].append(list(csv.DictReader(file)))
+            logs.append(pd.read_csv(folder / 'log.csv').assign(peer=peer))
             rows.append(dict(
                 model=peer, parameters=counts[peer]['parameters'], mmacs=round(counts[peer]['macs'] / 1e6, 2),
                 data=args.dataset_name, train_images=run.train_limit or 'all', epochs=run.epochs,
                 img_size=args.img_size, seed=seed, accuracy=last['accuracy'],
                 cpu_seconds_per_epoch=round(last['cpu_seconds'] / run.epochs, 1),
             ))
-            with open(args.csv, 'w', newline='') as file:
-                writer = csv.DictWriter(file, rows[0].keys(), lineterminator='\n')
-                writer.writeheader()
-                writer.writerows(rows)
-    plot(logs, args.plot, f'{args.dataset_name}, {wanted / 1e6:.2f} M parameters within {TOLERANCE:.0%}')
+            pd.DataFrame(rows).to_csv(args.csv, index=False)
+    plot(pd.concat(logs), args.plot, f'{args.dataset_name}, {wanted / 1e6:.2f} M parameters within {TOLERANCE:.0%}')
     return 0
 
 
-def plot(logs: Dict[str, List[List[Dict[str, str]]]], path: str, title: str) -> None:
+def plot(log: pd.DataFrame, path: str, title: str) -> None:
     """Draw the accuracy over epochs, the mean over seeds."""
     import matplotlib
     matplotlib.use('svg')
@@ -101,13 +96,9 @@ def plot(logs: Dict[str, List[List[Dict[str, str]]]], path: str, title: str) -> 
 
     matplotlib.rcParams.update({'svg.hashsalt': 'peers', 'svg.fonttype': 'none'})
     figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
-    for peer, runs in logs.items():
-        points: Dict[int, List[float]] = {}
-        for run in runs:
-            for row in run:
-                if row['accuracy']:
-                    points.setdefault(int(row['epoch']), []).append(float(row['accuracy']))
-        axes.plot(list(points), [statistics.mean(values) for values in points.values()], marker='.', label=peer)
+    means = log.dropna(subset='accuracy').pivot_table('accuracy', 'epoch', 'peer', sort=False)
+    for peer in means:
+        axes.plot(means[peer], marker='.', label=peer)
     axes.set(xlabel='epoch', ylabel='top-1 accuracy, %', title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

@@ -7,31 +7,19 @@ A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is one
 arguments, as in `<!-- table: csv_file train/peers.csv model accuracy -->`.
 """
 import argparse
-import csv
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
+import cases
+import pandas as pd
+import rows
+import targets as goals
 import versions as ci
-from bench import (
-    BIRDER,
-    LDA_GROUPINGS,
-    OURS,
-    PEERS,
-    RESULTS,
-    SIZES,
-    SMALL_TRAINED,
-    SWIN,
-    VIT_PYTORCH,
-    Results,
-    Row,
-    megapixels,
-    size_contestants,
-    targets_table,
-)
+from cases import BIRDER, OURS, PP_SMALL, SIZES, SWIN, VIT_PYTORCH, size_contestants
+from rows import RESULTS
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md']
@@ -46,34 +34,24 @@ def table(make: Callable[..., str]) -> Callable[..., str]:
     return make
 
 
-def markdown(head: Sequence[str], body: Sequence[Sequence[Any]], command: str = '') -> str:
-    """Write a table; columns in which every cell is empty are left out.
+def markdown(frame: pd.DataFrame, command: str = '') -> str:
+    """Write a table of text; columns in which every cell is empty are left out.
 
     Args:
-        head: Names of the columns.
-        body: Cells by row.
+        frame: Cells; None and NaN are empty.
         command: What to run where there are no rows.
     """
-    if not body:
+    frame = frame.astype(object).where(frame.notna(), '').astype(str)
+    frame = frame.loc[:, (frame != '').any()]
+    if frame.empty:
         return f'Not measured yet: `{command}`.\n'
-    keep = [i for i in range(len(head)) if any(str(line[i]) for line in body)]
-    numbers = [all(re.fullmatch(r'[-+≥≤×%.,\d ]*', str(line[i])) for line in body) for i in range(len(head))]
-    lines = [
-        [head[i] for i in keep],
-        ['---:' if numbers[i] else '---' for i in keep],
-        *([str(line[i]) for i in keep] for line in body),
-    ]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    rules = ['---:' if frame[name].str.fullmatch(r'[-+≥≤×%.,\d ]*').all() else '---' for name in frame]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in [list(frame), rules, *frame.to_numpy().tolist()])
 
 
-def hardware(rows: Sequence[Row]) -> str:
+def hardware(measured: pd.DataFrame) -> str:
     """Say where rows were measured: once, for the heading of a column."""
-    return '; '.join(dict.fromkeys(f'{row["hardware"]}, torch {row["torch"]}' for row in rows))
-
-
-def by_threads(rows: Sequence[Row]) -> List[int]:
-    """List the numbers of threads in rows."""
-    return sorted({int(row['threads']) for row in rows})
+    return '; '.join(dict.fromkeys(measured['hardware'] + ', torch ' + measured['torch']))
 
 
 def threads_words(threads: int) -> str:
@@ -83,34 +61,235 @@ def threads_words(threads: int) -> str:
 
 def short(contestant: str) -> str:
     """Name a contestant as a table does."""
-    names = {BIRDER: 'birder crossformer_s', VIT_PYTORCH: 'vit-pytorch CrossFormer'}
-    name, _, options = names.get(contestant, contestant).partition(' lda_grouping=')
-    return f'{name} {options}'.replace('fit_groups=True', 'fit_groups').strip()
+    names = {BIRDER: 'birder crossformer_s', VIT_PYTORCH: 'vit-pytorch CrossFormer', SWIN: 'swin_tiny'}
+    name, *options = contestant.split()
+    options = [option for option in options if not option.startswith('drop_path_rate')]
+    return ' '.join([names.get(name, name), *(o.removeprefix('lda_grouping=').removesuffix('=True') for o in options)])
 
 
-# ---- tables
+def grouped(contestant: str) -> str:
+    """Name a variant with the grouping it runs with."""
+    name, *options = contestant.split()
+    if name in OURS[:3] and not any(option.startswith('lda_grouping') for option in options):
+        options.insert(0, 'region' if name == PP_SMALL else 'map')
+    return short(' '.join([name, *options]))
+
+
+def read_csv(path: Path, **options: Any) -> pd.DataFrame:
+    """Read a CSV file, without rows if there is no such file."""
+    return pd.read_csv(path, **options) if path.exists() else pd.DataFrame()
+
+
+def _text(values: pd.Series, form: str) -> pd.Series:
+    return values.map(lambda value: '' if pd.isna(value) else form.format(value))
+
+
+def _faster(*ratios: Optional[float]) -> List[str]:
+    return [f'{ratio:.2f}×' if ratio else '' for ratio in ratios]
+
+
+# ---- tables of results
+
+
+@table
+def note(results: Path) -> str:
+    """What has to be known of all rows of time and memory, as long as there is such a thing."""
+    path = results / 'note.md'
+    return path.read_text(encoding='utf-8') if path.exists() else ''
+
+
+@table
+def speed(results: Path, few: str = '') -> str:
+    """Inference of each network at 224 px and of a large image, and its memory; `few` for five of them, in short."""
+    infer = rows.read(results, 'infer', mode='eager')
+    measured = rows.latest(rows.pick(infer, size='224', task='logits'))
+    threads = measured['threads'].max()
+    measured = measured.assign(rate=1e3 * measured['batch'] / measured['median_ms']).set_index('contestant')
+    names = [name for name in ([*OURS[:3], SWIN, cases.CONVNEXT] if few else [*OURS, *cases.PEERS])
+             if name in measured.index]
+    if not names:
+        return markdown(pd.DataFrame(), 'python benchmarks/bench.py infer')
+    facts = measured[~measured.index.duplicated()].loc[names]
+    body = {f'fp32, 224 px ({hardware(measured)})': [short(name) for name in names],
+            'params (M)': _text(facts['params_m'], '{:.1f}'), 'GMACs': _text(facts['gmacs'], '{:.2f}')}
+    for (n, batch), cell in measured.groupby(['threads', 'batch']):
+        if not few or n == threads:
+            body[f'img/s, {threads_words(n)}, batch {batch}'] = _text(cell['rate'].reindex(names), '{:.1f}')
+    case = {'size': '224', 'task': 'logits', 'batch': measured['batch'].max(), 'threads': threads}
+    if not few:  # of the last of these columns
+        body['of matrix rate'] = _text(cell['gemm_share'].reindex(names), '{:.0%}')
+        per_mac = [rows.ratio(infer, {**case, 'contestant': name}, {**case, 'contestant': SWIN}, per='macs')
+                   for name in names]
+        body['time per MAC over Swin'] = _text(pd.Series(per_mac, facts.index, dtype=float), '{:.2f}')
+    large = rows.latest(rows.pick(infer, size='800x1344', task='features', threads=threads)).set_index('contestant')
+    body['ms, 800x1344 px'] = _text(large['median_ms'].reindex(names), '{:.0f}')
+    peaks = rows.latest(rows.read(results, 'memory', size='800x1344')).set_index('contestant')['peak_mib']
+    body['peak MiB, 800x1344 px'] = _text(peaks.reindex(names), '{:.0f}')
+    return markdown(pd.DataFrame(body))
+
+
+@table
+def ratios(results: Path) -> str:
+    """How much faster our models are than the peers of the same network, on each processor that was at hand."""
+    infer, train = (rows.read(results, what) for what in ('infer', 'train'))
+    same = [(ours, peer) for peer, ours in cases.PEER_OF_SAME_NETWORK.items()]
+    plan = [(infer, *pair, 'logits', batch, f'inference, batch {batch}') for pair in same for batch in (1, 8)]
+    plan += [(train, *pair, 'train', 8, 'training step, batch 8')
+             for pair in ((cases.SMALL_TRAINED, BIRDER), same[1])]
+    body = []
+    for machine in dict.fromkeys([*rows.machines(infer), *rows.machines(train)]):
+        for measured, ours, peer, task, batch, words in plan:
+            where = {'task': task, 'size': '224', 'batch': batch, 'hardware': machine}
+            found = [rows.ratio(measured, {**where, 'contestant': peer, 'threads': threads},
+                                {**where, 'contestant': ours, 'threads': threads}) for threads in (1, 2)]
+            if any(found):
+                body.append([short(ours), short(peer), words, *_faster(*found), machine])
+    head = ['the same network', 'against', 'at 224 px', 'faster, 1 thread', 'faster, 2 threads', 'on']
+    return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/bench.py infer')
+
+
+@table
+def sizes(results: Path, fit: str = '') -> str:
+    """Time per megapixel by image size, and time per multiply-add over that at 224; `fit` for fit_groups."""
+    everything = rows.read(results, 'sizes')
+    everything = rows.pick(everything, threads=everything['threads'].max())
+    names = [*size_contestants(bool(fit)), *([] if fit else [SWIN])]
+    measured = rows.latest(everything)
+    measured = measured[measured['contestant'].isin(names)]
+    body = []
+    for row in measured.itertuples():
+        relative = rows.ratio(everything, {'contestant': row.contestant, 'size': row.size},
+                              {'contestant': row.contestant, 'size': '224'}, per='macs')
+        pace = f'{row.median_ms / row.megapixels:.0f}'
+        body.append([row.contestant, row.size, f'{pace} ({relative:.2f})' if relative and row.size != '224' else pace])
+    case = '' if measured.empty else f', {threads_words(measured["threads"].max())} ({hardware(measured)})'
+    return _by_size(body, names, f'ms per megapixel, batch 1, fp32{case}', 'python benchmarks/bench.py sizes')
+
+
+@table
+def memory(results: Path) -> str:
+    """Peak memory of inference by image size, beyond weights and input."""
+    measured = rows.latest(rows.read(results, 'memory'))
+    body = [[row.contestant, row.size, f'{row.peak_mib:.0f}'] for row in measured.itertuples()]
+    names = [*OURS[:3], *dict.fromkeys(measured['contestant'])]
+    head = f'peak MiB, feature pyramid, batch 1, fp32 ({hardware(measured)})'
+    return _by_size(body, list(dict.fromkeys(names)), head, 'python benchmarks/bench.py memory')
+
+
+def _by_size(body: List[List[str]], names: Sequence[str], head: str, command: str) -> str:
+    """Write cells (contestant, size, text) as a table with a column for each size."""
+    cells = pd.DataFrame(body, columns=['name', 'size', 'text']).pivot(index='name', columns='size', values='text')
+    cells = cells.reindex(index=[name for name in names if name in cells.index],
+                          columns=[size for size in SIZES if size in cells])
+    cells.insert(0, head, [grouped(name) for name in cells.index])
+    return markdown(cells, command)
+
+
+@table
+def compiled(results: Path) -> str:
+    """torch.compile against eager."""
+    measured = rows.read(results, 'compile')
+    body = []
+    for row in rows.pick(rows.latest(measured), mode='compile').itertuples():
+        where = {name: getattr(row, name) for name in ('contestant', 'size', 'batch', 'threads', 'task')}
+        ratio = rows.ratio(measured, where, {**where, 'mode': 'compile'})
+        body.append([short(row.contestant), row.size, row.batch, row.threads, *_faster(ratio)])
+    head = ['model', 'px', 'batch', 'threads', 'faster than eager']
+    return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/bench.py compile')
+
+
+@table
+def operators(results: Path) -> str:
+    """Where the time goes, by kind of operator."""
+    frame = read_csv(results / 'operators.csv', dtype=str)
+    if not frame.empty:
+        task = frame['task'].map({'logits': 'inference', 'features': 'inference', 'train': 'training step'})
+        frame.insert(0, 'ms', frame['contestant'].map(short))
+        frame.insert(1, 'case', task + ', ' + frame['size'] + ' px, batch ' + frame['batch'])
+        frame = frame.drop(columns=['contestant', 'task', 'size', 'batch', 'hardware', 'torch', 'timm'])
+    return markdown(frame, 'python benchmarks/operators.py')
+
+
+@table
+def roofline(results: Path) -> str:
+    """The estimate for GPUs, summed over kinds of operators."""
+    frame = read_csv(results / 'roofline.csv')
+    if not frame.empty:
+        frame = rows.pick(frame, dtype='bf16').groupby(['model', 'size', 'batch'], sort=False).sum(numeric_only=True)
+        frame = frame.reset_index()
+        cards = [name for name in frame if name.endswith('_ms_estimate')]
+        frame = pd.DataFrame({
+            'estimate, bf16, eager': frame['model'].map(short), 'px': frame['size'], 'batch': frame['batch'],
+            'launches': frame['launches'], 'GFLOP': _text(frame['gflops'], '{:.0f}'),
+            'MiB moved': _text(frame['mib'], '{:.0f}'),
+            **{f'estimated ms, {name.partition("_")[0]}': _text(frame[name], '{:.2f}') for name in cards}})
+    return markdown(frame, 'python benchmarks/roofline.py')
+
+
+@table
+def targets(results: Path) -> str:
+    """Targets and what was measured."""
+    return markdown(goals.table(results))
+
+
+@table
+def cost(results: Path) -> str:
+    """What a run of everything took."""
+    frame = read_csv(results / 'cost.csv')
+    if frame.empty:
+        return 'Its cost is not measured yet; `bench.py all` writes it.\n'
+    parts = ', '.join(f'{row.part} {row.seconds / 60:.1f}' for row in frame.itertuples())
+    return (f'The last run of `{frame["command"][0]}` took {frame["seconds"].sum() / 60:.0f} minutes on '
+            f'{frame["hardware"][0]}: {parts}.\n')
+
+
+@table
+def csv_file(results: Path, name: str, *columns: str) -> str:
+    """Show a CSV file below benchmarks/results as it is, all columns or the named ones."""
+    frame = read_csv(results / name, dtype=str, keep_default_na=False)
+    if frame.empty:
+        return f'Not measured yet: benchmarks/results/{name}.\n'
+    return markdown(frame[list(columns or frame)])
+
+
+@table
+def peers(results: Path) -> str:
+    """Compare the networks that were trained alike, over their seeds."""
+    frame = read_csv(results / 'train' / 'peers.csv', dtype={'mmacs': str})
+    if frame.empty:
+        return markdown(frame, 'python benchmarks/peers.py')
+    budget = '{data}, {train_images} images, {epochs} epochs, {img_size} px'.format(**frame.iloc[0])
+    runs = frame.groupby('model', sort=False)
+    accuracy = runs['accuracy']
+    return markdown(pd.DataFrame({
+        budget: list(runs.groups), 'parameters': runs['parameters'].first(), 'MMACs': runs['mmacs'].first(),
+        'seeds': runs.size(), 'accuracy, mean': _text(accuracy.mean(), '{:.1f}'),
+        'lowest to highest': _text(accuracy.min(), '{:.1f}') + _text(accuracy.max(), ' to {:.1f}'),
+        'CPU s per epoch': _text(runs['cpu_seconds_per_epoch'].median(), '{:.1f}')}))
+
+
+# ---- tables of other files
 
 
 @table
 def variants(results: Path, root: Path = ROOT) -> str:
     """Variants: parameters and multiply-adds counted, accuracy as its origin states it."""
-    manifest = root / 'weights' / 'manifest.json'
-    records = json.loads(manifest.read_text(encoding='utf-8'))['weights'] if manifest.exists() else []
-    body = []
+    counted = read_csv(results / 'variants.csv')
+    records = [] if counted.empty else _manifest(root)
     # Those with published weights first, CrossFormer before CrossFormer++, then by size.
     published = {record['tag'].partition('.')[0] for record in records if record['metrics']}
-    order = sorted(_read(results / 'variants.csv'), key=lambda row: (
-        row['variant'] not in published, '_pp_' in row['variant'], float(row['gmacs'])))
-    for row in order:
-        mine = [record for record in records if record['tag'].partition('.')[0] == row['variant']]
+    body = []
+    for row in sorted(counted.itertuples(), key=lambda row: (
+            row.variant not in published, '_pp_' in row.variant, row.gmacs)):
+        mine = [record for record in records if record['tag'].partition('.')[0] == row.variant]
         stated = [record for record in mine if record['metrics'] and not record.get('dense')]
         body.append([
-            f'`{row["variant"]}`', f'{float(row["params_m"]):.1f}', f'{float(row["gmacs"]):.2f}', row['size'],
+            f'`{row.variant}`', f'{row.params_m:.1f}', f'{row.gmacs:.2f}', row.size,
             '; '.join(_accuracy(metric) for record in stated for metric in record['metrics']),
             '; '.join(dict.fromkeys(record['license'] or 'not stated' for record in stated)),
         ])
     head = ['variant', 'params (M)', 'GMACs', 'at px', 'top-1 on ImageNet-1k (source)', 'licence of weights']
-    return markdown(head, body, 'python benchmarks/bench.py variants')
+    return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/bench.py variants')
 
 
 @table
@@ -118,10 +297,10 @@ def weights(results: Path, root: Path = ROOT) -> str:
     """Weights by name: metric, hosts and licence, from the manifest."""
     words = {'drive': 'Google Drive', 'hub': 'Hugging Face Hub', 'package': 'this package', 'browser': 'Baidu'}
     body = []
-    for record in json.loads((root / 'weights' / 'manifest.json').read_text(encoding='utf-8'))['weights']:
+    for record in _manifest(root):
         kinds = [source['kind'] for source in record['sources']]
         hosts = [words.get(kind, kind) + ' by hand' * (kind == 'browser') for kind in kinds]
-        metrics = {}
+        metrics: Dict[str, List[str]] = {}
         for metric in record['metrics']:
             metrics.setdefault(metric['source'], []).append(f'{metric["value"]} {metric["name"]}')
         data = dict.fromkeys(metric['dataset'] for metric in record['metrics'])
@@ -132,10 +311,14 @@ def weights(results: Path, root: Path = ROOT) -> str:
             ', '.join(hosts),
             record['license'],
         ])
-    return markdown(['weights', 'metric (source)', 'on', 'hosts', 'licence'], body)
+    return markdown(pd.DataFrame(body, columns=['weights', 'metric (source)', 'on', 'hosts', 'licence']))
 
 
-def _accuracy(metric: Row) -> str:
+def _manifest(root: Path) -> List[Dict[str, Any]]:
+    return json.loads((root / 'weights' / 'manifest.json').read_text(encoding='utf-8'))['weights']
+
+
+def _accuracy(metric: Dict[str, Any]) -> str:
     """Write a metric of the manifest; only what is not in the heading is named."""
     what = '' if metric['name'] == 'top-1' else f'{metric["name"]} '
     data = '' if metric['dataset'].startswith('ImageNet-1k') else f'on {metric["dataset"]} '
@@ -143,224 +326,14 @@ def _accuracy(metric: Row) -> str:
 
 
 @table
-def speed(results: Path) -> str:
-    """Inference at 224 px: images per second and share of the matrix rate, by threads and batch."""
-    rows = Results(results)
-    measured = rows.select('infer', size='224', task='logits', mode='eager')
-    cases = sorted({(int(row['threads']), int(row['batch'])) for row in measured})
-    found = {(row['contestant'], int(row['threads']), int(row['batch'])): row for row in measured}
-    body = []
-    for name in [name for name in (*OURS, *PEERS) if name in {row['contestant'] for row in measured}]:
-        mine = [found.get((name, *case)) for case in cases]
-        first = next(row for row in mine if row)
-        body.append([
-            short(name), f'{float(first["params_m"]):.1f}', f'{float(first["gmacs"]):.2f}',
-            *(f'{1e3 * int(row["batch"]) / float(row["median_ms"]):.1f}' if row else '' for row in mine),
-            *(f'{float(row["gemm_share"]):.0%}' if row else '' for row in mine[-1:]),
-        ])
-    head = ['224 px, fp32', 'params (M)', 'GMACs']
-    head += [f'img/s, {threads_words(threads)}, batch {batch}' for threads, batch in cases]
-    head += [f'of matrix rate, {threads_words(cases[-1][0])}, batch {cases[-1][1]}'] if cases else []
-    head[0] += f' ({hardware(measured)})'
-    return markdown(head, body, 'python benchmarks/bench.py infer')
-
-
-@table
-def ratios(results: Path) -> str:
-    """How much faster our models are than the peers of the same network, on each processor that was at hand."""
-    cases = [
-        ('infer', ours, ours, peer, batch, f'inference, batch {batch}')
-        for ours, peer in (('crossformer_small', BIRDER), ('crossformer_lucidrains', VIT_PYTORCH)) for batch in (1, 8)
-    ] + [
-        ('train', name, ours, peer, 8, 'training step, batch 8') for name, ours, peer in (
-            ('crossformer_small', SMALL_TRAINED, BIRDER),
-            ('crossformer_lucidrains', 'crossformer_lucidrains', VIT_PYTORCH))
-    ]
-    everything = Results(results)
-    threads = by_threads(everything.select('infer', task='logits', size='224'))
-    body = []
-    for machine in dict.fromkeys([*everything.machines('infer'), *everything.machines('train')]):
-        rows = Results(results, hardware=machine)
-        for what, name, ours, peer, batch, words in cases:
-            case = {'task': 'train' if what == 'train' else 'logits', 'size': '224', 'batch': batch}
-            cells = [rows.ratio(what, {**case, 'contestant': peer, 'threads': n},
-                                {**case, 'contestant': ours, 'threads': n}) for n in threads]
-            if any(cells):
-                body.append([name, short(peer), words, *_times(cells), machine])
-    head = ['the same network', 'against', 'at 224 px', *(f'faster, {threads_words(n)}' for n in threads), 'on']
-    return markdown(head, body, 'python benchmarks/bench.py infer')
-
-
-@table
-def per_mac(results: Path) -> str:
-    """Time per multiply-add over that of swin_tiny."""
-    rows = Results(results)
-    measured = rows.select('infer', mode='eager')
-    cases = sorted({(int(row['threads']), row['task'], row['size'], int(row['batch'])) for row in measured
-                    if row['contestant'] == SWIN}, key=str)
-    body = []
-    for name in [name for name in (*OURS, *PEERS) if name != SWIN]:
-        cells = []
-        for threads, task, size, batch in cases:
-            case = {'threads': threads, 'task': task, 'size': size, 'batch': batch}
-            cells.append(rows.ratio('infer', {**case, 'contestant': name}, {**case, 'contestant': SWIN}, 'mac'))
-        if any(cells):
-            body.append([short(name), *(f'{cell:.2f}' if cell else '' for cell in cells)])
-    head = ['time per MAC over that of swin_tiny',
-            *(f'{size} px, batch {batch}, {threads_words(threads)}' for threads, _, size, batch in cases)]
-    return markdown(head, body, 'python benchmarks/bench.py infer')
-
-
-@table
-def sizes(results: Path, fit: str = '') -> str:
-    """Time per megapixel by image size, and time per multiply-add over that at 224; `fit` for fit_groups."""
-    rows = Results(results)
-    measured = rows.select('sizes')
-    threads = max(by_threads(measured), default=1)
-    names = [*size_contestants(bool(fit)), *([] if fit else [SWIN])]
-    names = [name for name in names if any(row['contestant'] == name for row in measured)]
-    columns = [size for size in SIZES if any(row['size'] == size for row in measured)]
-    found = {(row['contestant'], row['size']): row for row in measured if int(row['threads']) == threads}
-    body = []
-    for name in names:
-        line = [_with_grouping(name)]
-        for size in columns:
-            row = found.get((name, size))
-            base = {'contestant': name, 'size': '224', 'threads': threads}
-            relative = rows.ratio('sizes', {**base, 'size': size}, base, 'mac') if row else None
-            pace = f'{float(row["median_ms"]) / megapixels(row):.0f}' if row else ''
-            line.append(f'{pace} ({relative:.2f})' if relative and size != '224' else pace)
-        if any(line[1:]):
-            body.append(line)
-    head = [f'ms per megapixel, batch 1, fp32, {threads_words(threads)} ({hardware(measured)})', *columns]
-    return markdown(head, body, 'python benchmarks/bench.py sizes')
-
-
-@table
-def size_memory(results: Path) -> str:
-    """Peak memory per megapixel by image size."""
-    rows = Results(results)
-    measured = [row for row in rows.select('sizes') if row['peak_mib']]
-    threads = max(by_threads(measured), default=1)
-    measured = [row for row in measured if int(row['threads']) == threads]
-    columns = [size for size in SIZES if any(row['size'] == size for row in measured)]
-    body = []
-    for name in [*size_contestants(False), SWIN]:
-        cells = {row['size']: f'{float(row["peak_mib"]) / megapixels(row):.0f}' for row in measured
-                 if row['contestant'] == name}
-        if cells:
-            body.append([_with_grouping(name), *(cells.get(size, '') for size in columns)])
-    head = [f'peak MiB per megapixel, batch 1, fp32, {threads_words(threads)} ({hardware(measured)})', *columns]
-    return markdown(head, body, 'python benchmarks/bench.py sizes')
-
-
-@table
-def memory(results: Path) -> str:
-    """Peak memory of inference by image size, beyond weights and input."""
-    measured = Results(results).select('memory')
-    columns = [size for size in SIZES if any(row['size'] == size for row in measured)]
-    found = {(row['contestant'], row['size']): row for row in measured}
-    body = [
-        [_with_grouping(name), *(f'{float(found[name, size]["peak_mib"]):.0f}' if (name, size) in found else ''
-                                 for size in columns)]
-        for name in dict.fromkeys(row['contestant'] for row in measured)
-    ]
-    head = [f'peak MiB, feature pyramid, batch 1, fp32 ({hardware(measured)})', *columns]
-    return markdown(head, body, 'python benchmarks/bench.py memory')
-
-
-@table
-def compiled(results: Path) -> str:
-    """torch.compile against eager."""
-    rows = Results(results)
-    body = []
-    for row in rows.select('compile', mode='compile'):
-        where = {name: row[name] for name in ('contestant', 'size', 'batch', 'threads', 'task')}
-        ratio = rows.ratio('compile', where, {**where, 'mode': 'compile'})
-        body.append([short(row['contestant']), row['size'], row['batch'], row['threads'], *_times([ratio])])
-    head = ['model', 'px', 'batch', 'threads', 'faster than eager']
-    return markdown(head, body, 'python benchmarks/bench.py compile')
-
-
-@table
-def operators(results: Path) -> str:
-    """Where the time goes, by kind of operator."""
-    rows = _read(results / 'operators.csv')
-    about = {'contestant', 'task', 'size', 'batch', 'threads', 'hardware', 'torch', 'timm'}
-    kinds = [name for name in rows[0] if name not in about] if rows else []
-    what = {'logits': 'inference', 'features': 'inference', 'train': 'training step'}
-    body = []
-    for row in rows:
-        case = f'{what[row["task"]]}, {row["size"]} px, batch {row["batch"]}'
-        name = short(row['contestant'].partition(' drop_path_rate')[0])
-        body.append([name, case, row['threads'], *(row[kind] for kind in kinds)])
-    return markdown(['ms', 'case', 'threads', *kinds], body, 'python benchmarks/operators.py')
-
-
-@table
-def targets(results: Path) -> str:
-    """Targets and what was measured."""
-    return markdown(*targets_table(results))
-
-
-@table
 def versions(results: Path) -> str:
     """Say what the package needs, and which versions CI runs."""
     needs, floors = ci.read()['project']['requires-python'], ci.floors()
-    head = ['Python', 'torch', 'timm', 'tests', 'command']
-    body = [[*(run[key] for key in ('python', 'torch', 'timm', 'tests')), f'`{run["command"]}`'] for run in ci.runs()]
+    frame = pd.DataFrame(ci.runs()).assign(command=lambda runs: '`' + runs['command'] + '`')
+    frame = frame.rename(columns={'python': 'Python'})[['Python', 'torch', 'timm', 'tests', 'command']]
     return (
         f'It needs Python {needs.replace(">=", "")}, torch {floors["torch"]} and timm {floors["timm"]}, or newer. '
-        f'These have a make target, on Linux and CPU; CI runs newest on 3.11:\n\n{markdown(head, body)}')
-
-
-@table
-def csv_file(results: Path, name: str, *columns: str) -> str:
-    """Show a CSV file below benchmarks/results as it is, all columns or the named ones."""
-    rows = _read(results / name)
-    if not rows:
-        return f'Not measured yet: benchmarks/results/{name}.\n'
-    names = list(columns or rows[0])
-    return markdown(names, [[row[column] for column in names] for row in rows])
-
-
-@table
-def peers(results: Path) -> str:
-    """Compare the networks that were trained alike, over their seeds."""
-    rows = _read(results / 'train' / 'peers.csv')
-    runs: Dict[str, List[Row]] = {}
-    for row in rows:
-        runs.setdefault(row['model'], []).append(row)
-    budget = '{data}, {train_images} images, {epochs} epochs, {img_size} px'.format(**rows[0]) if rows else ''
-    head = [budget, 'parameters', 'MMACs', 'seeds', 'accuracy, mean', 'lowest to highest', 'CPU s per epoch']
-    body = []
-    for name, own in runs.items():
-        accuracies = [float(row['accuracy']) for row in own]
-        body.append([
-            name, own[0]['parameters'], own[0]['mmacs'], len(own), f'{statistics.mean(accuracies):.1f}',
-            f'{min(accuracies):.1f} to {max(accuracies):.1f}',
-            f'{statistics.median(float(row["cpu_seconds_per_epoch"]) for row in own):.1f}'])
-    return markdown(head, body, 'python benchmarks/peers.py')
-
-
-def _read(path: Path) -> List[Row]:
-    """Return the rows of a CSV file, none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def _times(ratios: Sequence[Optional[float]]) -> List[str]:
-    return [f'{ratio:.2f}×' if ratio else '' for ratio in ratios]
-
-
-def _with_grouping(name: str) -> str:
-    """Name a variant with the grouping it runs with."""
-    if any(f'lda_grouping={grouping}' in name for grouping in LDA_GROUPINGS) or not name.startswith('crossformer_'):
-        return short(name)
-    first, *options = name.split()
-    return short(' '.join([first, f'lda_grouping={"region" if "_pp_" in first else "map"}', *options]))
+        f'CI runs these, on Linux and CPU:\n\n{markdown(frame)}')
 
 
 # ---- files

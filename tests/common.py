@@ -1,4 +1,5 @@
 """What several test files share: variants, inputs, models that would show a fault."""
+import itertools
 import json
 import zlib
 from pathlib import Path
@@ -53,4 +54,49 @@ def official_weights(entry, seed=0):
         else:
             value = value * np.float32(0.1) + np.float32(key.endswith('weight'))
         weights[key] = torch.from_numpy(value.astype(np.float32))
+    return weights
+
+
+def slow_axis_groups(n, size, interval, grouping):
+    """Group 0..n-1 token by token, as the papers and the official code say it."""
+    groups = {}
+    if grouping == 'grid':
+        interval = -(-n // size)
+    for t in range(n):
+        if grouping == 'sda':
+            key = (t // size,)
+        elif grouping == 'region':
+            key = (t // (size * interval), t % interval)
+        else:  # map: congruent modulo I; grid: row = member * I + phase
+            key = (t % interval,)
+        groups.setdefault(key, []).append(t)
+    return list(groups.values())
+
+
+def slow_groups(h, w, size, interval, grouping):
+    """Group the tokens of a map, as sets of (row, column) lists in reading order."""
+    if h <= size[0] or w <= size[1]:
+        return {tuple(itertools.product(range(h), range(w)))}
+    rows = slow_axis_groups(h, size[0], interval, grouping)
+    cols = slow_axis_groups(w, size[1], interval, grouping)
+    return {tuple(itertools.product(r, c)) for r in rows for c in cols}
+
+
+def slow_attention(attn, x):
+    """Weigh every pair of tokens of a map [1, H, W, C] by definition: [heads, H * W, H * W], a row for each query."""
+    _, h, w, _ = x.shape
+    q, k, _ = attn.qkv(x)[0].flatten(0, 1).unflatten(1, [3, attn.num_heads, -1]).unbind(1)  # H * W, heads, head_dim
+    weights = torch.zeros(attn.num_heads, h * w, h * w)
+    for group in slow_groups(h, w, attn.group_size, attn.interval, attn.grouping):
+        tokens = torch.tensor([row * w + col for row, col in group])
+        rows, cols = sorted({row for row, _ in group}), sorted({col for _, col in group})
+        place = torch.tensor([(rows.index(row), cols.index(col)) for row, col in group])
+        offset = place[:, None] - place  # query, key, (dy, dx)
+        if attn.legacy_lookup:  # vit-pytorch looks up the entry of another offset
+            gh, gw = attn.group_size
+            entry = (offset[..., 0] + gh - 1) * (2 * gw - 1) + offset[..., 1] + gw - 1
+            offset = torch.stack([entry // (2 * gw + 1) - gh, entry % (2 * gw + 1) - gw], dim=-1)
+        scores = torch.einsum('qhd,khd->hqk', q[tokens], k[tokens]) * q.shape[-1] ** -0.5
+        scores = scores + attn.pos_bias.mlp(offset.float()).permute(2, 0, 1)
+        weights[:, tokens[:, None], tokens] = scores.softmax(dim=-1)
     return weights

@@ -4,6 +4,7 @@ import os
 os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
 
 import pytest
+import running_order
 import torch
 
 
@@ -17,9 +18,14 @@ def _reproducible():
     torch.set_num_threads(threads)
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason='needs CUDA')
         for item in items:
             if 'gpu' in item.keywords:
                 item.add_marker(skip)
+    workers = getattr(config, 'workerinput', {}).get('workercount', 1)
+    if workers > 1:
+        names = [f'{item.path.name}::{item.name.partition("[")[0]}' for item in items]
+        items[:] = [items[i] for i in running_order.order(names, workers)]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from common import small
 from PIL import Image
 
 import timm_crossformer
-from timm_crossformer import cli, hub, viz
+from timm_crossformer import cli, explain, hub, viz
 
 
 @pytest.fixture(scope='module')
@@ -226,3 +227,78 @@ def test_exec_registers_the_variants(capsys, tmp_path, monkeypatch):
 def test_installed_command(command):
     out = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True).stdout
     assert timm_crossformer.__version__ in out
+
+
+def test_attention_says_what_attention_from_gives(capsys, photo):
+    code, result = run_json(capsys, 'attention', photo, '--at', '0.4,0.6', '--size', '96,144')
+    assert code == cli.OK and result['at'] == [.4, .6] and result['size'] == [96, 144]
+    model = timm.create_model('test_crossformer', pretrained=True)
+    read, _, _ = cli._reader(model, size=(96, 144))
+    assert read(photo).shape == (3, 96, 144)
+    maps = explain.attention_from(model, read(photo)[None], (.4, .6))
+    assert [len(blocks) for blocks in maps] == [2, 2, 4, 2] and len(result['blocks']) == 10
+    for block in result['blocks']:
+        weights = maps[block['stage']][block['block']].mean(dim=0)
+        assert block['kind'] == ('LDA' if block['block'] % 2 else 'SDA') and block['map'] == list(weights.shape)
+        assert block['attends_to'] == (weights > 0).sum() and weights[tuple(block['token'])] > 0
+        assert block['weight'] == pytest.approx(weights[tuple(block['most_to'])].item(), abs=1e-5)
+        assert block['token'] == list(explain.token_at((.4, .6), 96, 144, block['stage']))
+
+
+@pytest.mark.parametrize('options, size', [
+    (['--whole'], [70, 90]), (['--size', '72'], [72, 72]), ([], [64, 64])], ids=['whole', 'square', 'centre'])
+def test_attention_takes_any_size(capsys, photo, tmp_path, options, size):
+    code, result = run_json(capsys, 'attention', photo, '--at', '1,0', *options)
+    assert code == cli.OK and result['size'] == size
+    code, out, err = run(capsys, 'attention', photo, '--at', '1,0', *options, '--out', tmp_path / 'new' / 'a.png')
+    assert code == cli.OK and 'wrote' in err and len(out.splitlines()) == 11
+    with Image.open(tmp_path / 'new' / 'a.png') as picture:
+        assert len(picture.convert('RGB').getcolors(1 << 24)) > 100
+
+
+@pytest.mark.parametrize('options', [
+    ['--at', '1.1,0'], ['--at', '0.5'], ['--at', 'a,b'], [], ['--at', '0,0', '--size', '64', '--whole']], ids=' '.join)
+def test_attention_refuses_wrong_usage(capsys, photo, options):
+    with pytest.raises(SystemExit) as e:
+        cli.main(['attention', str(photo), *options])
+    assert e.value.code == cli.USAGE and 'usage' in capsys.readouterr().err
+
+
+def test_attention_refuses_a_size_of_three_numbers(capsys, photo):
+    assert run(capsys, 'attention', photo, '--at', '0,0', '--size', '64,64,64')[0] == cli.USAGE
+    assert run(capsys, 'attention', photo, '--at', '0,0', '--size', '0')[0] == cli.USAGE
+
+
+def test_the_picture_of_attention_shows_weights_groups_and_the_token(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, '_save', lambda figure, path: figures.append(figure))
+    model = small(depths=(2, 1), embed_dim=(32, 48), num_heads=(1, 2), interval=(4, 2))
+    image = torch.rand(3, 66, 98)  # maps of 17 x 25 and 9 x 13 tokens
+    maps = explain.attention_from(model, image[None], (.3, .8))
+    viz.draw_attention(image, maps, (.3, .8), 'x.png')
+    short, long, second, none, bar = figures[0].axes
+    assert [axis.get_title() for axis in (short, long, second, none)] == [
+        'stage 1, short distance: 16 of 17 × 25 tokens',
+        'stage 1, long distance: 24 of 17 × 25 tokens',
+        'stage 2, short distance: 16 of 9 × 13 tokens',
+        'stage 2, long distance: no block',
+    ]
+    assert bar.get_xlim() == (0, 1) and not none.images
+    for axis, weights, side in ((short, maps[0][0], 4), (long, maps[0][1], 4), (second, maps[1][0], 8)):
+        weights = weights.mean(dim=0)
+        photo, cover = axis.images
+        assert tuple(photo.get_extent()) == (0, 98, 66, 0)
+        assert tuple(cover.get_extent()) == (0, weights.shape[1] * side, weights.shape[0] * side, 0)
+        assert axis.get_xlim() == (0, 98) and axis.get_ylim() == (66, 0)
+        colors = torch.from_numpy(np.asarray(cover.get_array()))
+        outside = (colors == torch.tensor([0, 0, 0, .55], dtype=colors.dtype)).all(dim=2)
+        assert torch.equal(outside, weights == 0)
+        order = weights[~outside].argsort()
+        _, green, blue = colors[~outside][order, :3].T
+        assert green[-1] > .9 > blue[-1] + .5  # the largest weight is yellow
+        assert green[order.numel() // 2:].diff().min() >= 0  # and down from it, ever less so
+        row, col = explain.token_at((.3, .8), 66, 98, 0 if side == 4 else 1)
+        assert not outside[row, col]
+        for frame in axis.patches:
+            assert frame.get_bbox().bounds == (col * side, row * side, side, side)
+        assert len(axis.patches) == 2

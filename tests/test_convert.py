@@ -817,3 +817,33 @@ def test_no_change_of_keys_gives_a_silently_wrong_model(official, small, data):
     except (CheckpointError, RuntimeError):
         return
     assert same(model, small)
+
+
+def _load_into(way, checkpoint, path):
+    """Load a state dict, or a file of it, into a model of another variant."""
+    def create(**args):
+        return timm.create_model('crossformer_tiny', num_classes=10, **args)
+
+    torch.save({'state_dict': checkpoint}, path)
+    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    whole = torch.nn.ModuleDict(dict(backbone=create()))
+    {
+        'strict': lambda: create().load_state_dict(checkpoint),
+        'not strict': lambda: create().load_state_dict(checkpoint, strict=False),
+        'load_checkpoint': lambda: timm.models.load_checkpoint(create(), str(path)),
+        'load_checkpoint, not strict': lambda: timm.models.load_checkpoint(create(), str(path), strict=False),
+        'checkpoint_path': lambda: create(checkpoint_path=str(path)),
+        'overlay': lambda: create(**overlay),
+        'pyramid': lambda: timm.create_model('crossformer_tiny', features_only=True, **overlay),
+        'part': lambda: whole.load_state_dict({f'backbone.{key}': value for key, value in checkpoint.items()}),
+    }[way]()
+
+
+@pytest.mark.parametrize('form', ['own', 'pyramid'])
+@pytest.mark.parametrize('way', [
+    'strict', 'not strict', 'load_checkpoint', 'load_checkpoint, not strict', 'checkpoint_path', 'overlay', 'pyramid',
+    'part'])
+def test_one_message_for_weights_of_another_variant_whichever_way(way, form, tmp_path):
+    checkpoint = timm.create_model('test_crossformer', features_only=form == 'pyramid').state_dict()
+    with pytest.raises(CheckpointError, match=r'^crossformer_tiny: 52 .* It is of another variant: try test_cross'):
+        _load_into(way, checkpoint, tmp_path / 'weights.pth')

@@ -1,4 +1,5 @@
 """One graph for every size: torch.export, ONNX, OpenVINO, torch.compile."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 from common import GROUPINGS, lively, noise, small
 
 import timm_crossformer
-from timm_crossformer.cli import main
 from timm_crossformer.export import export_model, export_program, load_exported, verify_exported
 
 # What exporters and runtimes say of themselves and of each other.
@@ -22,6 +22,8 @@ def shallow(**kwargs):
     return lively(timm.create_model('test_crossformer', depths=(2, 1, 3, 1), **kwargs))
 
 
+ROOT = Path(__file__).parents[1]
+FORMATS = pytest.mark.parametrize('format, suffix', [('torch', 'pt2'), ('onnx', 'onnx'), ('openvino', 'xml')])
 ONE_QUICK = pytest.mark.parametrize('grouping', [
     pytest.param(g, marks=[] if g == 'map' else [pytest.mark.slow]) for g in GROUPINGS])
 
@@ -45,17 +47,43 @@ def test_a_program_of_one_size(tmp_path):
     assert verify_exported(model, path, [(1, 96, 64)])[1, 96, 64] < 1e-4
 
 
+# A process that knows nothing of this package runs a saved program.
+RUN_A_PROGRAM = '''
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+print([tuple(level.shape) for level in program(torch.zeros(3, 3, 65, 200))], "timm_crossformer" in sys.modules)
+'''
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('features_only', [False, True], ids=['classifier', 'pyramid'])
-@pytest.mark.parametrize(('format', 'suffix'), [('torch', 'pt2'), ('onnx', 'onnx'), ('openvino', 'xml')])
-def test_files_run_at_sizes_not_seen_at_export(format, suffix, features_only, tmp_path):
-    model = shallow(features_only=features_only)
+@FORMATS
+def test_files_of_a_pyramid_run_at_sizes_not_seen_at_export(format, suffix, tmp_path):
+    model = shallow(features_only=True)
     path = export_model(model, tmp_path / f'model.{suffix}', format)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ['model.xml', 'model.bin'] if format == 'openvino' else [path.name])
     assert max(verify_exported(model, path).values()) < 1e-4
     if format == 'onnx':
         assert str(Path(timm_crossformer.__file__).parent).encode() not in path.read_bytes()
+    if format == 'torch':
+        result = subprocess.run(
+            [sys.executable, '-c', RUN_A_PROGRAM, str(path)], capture_output=True, text=True, check=True)
+        shapes = [tuple(level.shape) for level in model(torch.zeros(3, 3, 65, 200))]
+        assert result.stdout.strip() == f'{shapes} False'
+
+
+@pytest.mark.slow
+@FORMATS
+def test_the_command_exports_a_classifier_without_a_warning(format, suffix, tmp_path):
+    pytest.importorskip(format)
+    result = subprocess.run([
+        sys.executable, '-W', 'error', '-m', 'timm_crossformer', 'export', f'model.{suffix}',
+        '--model', 'test_crossformer', '--format', format, '--dynamic', '--verify',
+    ], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 'Warning' not in result.stderr and 'Exception ignored' not in result.stderr
+    assert '191 x 70' in result.stdout
+    assert (tmp_path / f'model.{suffix}').exists()
 
 
 def test_wrong_exports(tmp_path, monkeypatch):
@@ -69,24 +97,6 @@ def test_wrong_exports(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'Format onnx needs the package onnxscript\. Run `pip install'):
         export_model(small(), tmp_path / 'm.onnx', 'onnx')
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_command(tmp_path, capsys):
-    path = tmp_path / 'm.pt2'
-    assert main(['export', str(path), '--model', 'test_crossformer', '--format', 'torch', '--dynamic', '--verify']) == 0
-    assert path.exists()
-    assert '191 x 70' in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_saved_program_needs_no_code_of_ours(tmp_path):
-    path = export_model(shallow(num_classes=10), tmp_path / 'model.pt2', 'torch')
-    script = (
-        'import sys, torch; program = torch.export.load(sys.argv[1]).module(); '
-        'print(tuple(program(torch.zeros(3, 3, 65, 200)).shape), "timm_crossformer" in sys.modules)')
-    result = subprocess.run([sys.executable, '-c', script, str(path)], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == '(3, 10) False'
 
 
 @ONE_QUICK
@@ -119,6 +129,39 @@ def test_compiled_for_training_gradients_are_the_same():
     model(x).square().sum().backward()
     for a, p in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item() + 1e-4)
+
+
+def _small_and_compiled(**args):
+    model = lively(timm.create_model(
+        'test_crossformer', num_classes=10, depths=(2,), embed_dim=32, num_heads=(2,), interval=(2,), group_size=3))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return model, torch.compile(model, **args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('dynamic', 'graphs'), [(None, [1, 2, 2]), (True, [1, 1, 1])], ids=str)
+def test_compiled_for_training_few_graphs_serve_all_sizes(dynamic, graphs):
+    model, compiled = _small_and_compiled(backend='aot_eager', dynamic=dynamic)
+    seen = []
+    for h, w in ((37, 29), (64, 48), (33, 65)):
+        x = noise(2, 3, h, w)
+        grads = [torch.autograd.grad(net(x).square().sum(), list(model.parameters())) for net in (compiled, model)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item() + 1e-4)
+        seen.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert seen == graphs
+    assert not torch._dynamo.utils.counters['graph_break']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('args', [dict(mode='max-autotune-no-cudagraphs'), dict(dynamic=True)], ids=str)
+def test_ways_of_compiling(args):
+    model, compiled = _small_and_compiled(**args)
+    with torch.no_grad():
+        for h, w in ((37, 29), (64, 48)):
+            x = noise(2, 3, h, w)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

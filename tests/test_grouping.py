@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 import torch
+from common import slow_axis_groups, slow_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,31 +19,6 @@ from timm_crossformer.ops.grouping import (
 GROUPINGS = ('sda', 'map', 'region', 'grid')
 SIZES = [
     (1, 1), (1, 9), (3, 3), (4, 4), (5, 5), (4, 17), (8, 8), (9, 13), (16, 16), (17, 31), (23, 5), (24, 40), (33, 33)]
-
-
-def slow_axis_groups(n, size, interval, grouping):
-    """Group 0..n-1 token by token, as the papers and the official code say it."""
-    groups = {}
-    if grouping == 'grid':
-        interval = -(-n // size)
-    for t in range(n):
-        if grouping == 'sda':
-            key = (t // size,)
-        elif grouping == 'region':
-            key = (t // (size * interval), t % interval)
-        else:  # map: congruent modulo I; grid: row = member * I + phase
-            key = (t % interval,)
-        groups.setdefault(key, []).append(t)
-    return list(groups.values())
-
-
-def slow_groups(h, w, size, interval, grouping):
-    """Group the tokens of a map, as sets of (row, column) lists in reading order."""
-    if h <= size[0] or w <= size[1]:
-        return {tuple(itertools.product(range(h), range(w)))}
-    rows = slow_axis_groups(h, size[0], interval, grouping)
-    cols = slow_axis_groups(w, size[1], interval, grouping)
-    return {tuple(itertools.product(r, c)) for r in rows for c in cols}
 
 
 def tokens(h, w):

@@ -3,7 +3,6 @@ import pytest
 import timm
 import torch
 from common import VARIANTS
-from timm.layers import set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
 # Millions of parameters, and GMACs at 224 by the official counter (which leaves out DPB and the ACL convolution).
@@ -33,11 +32,7 @@ def test_the_test_model_is_small():
 
 @pytest.mark.parametrize('variant', [v for v in PUBLISHED if PUBLISHED[v][1]])
 def test_macs(variant):
-    set_fused_attn(False)  # the counter knows matrix products, not the fused kernel of the CPU
-    try:
-        model = timm.create_model(variant, device='meta').eval()
-    finally:
-        set_fused_attn(True)
+    model = timm.create_model(variant, device='meta').eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(torch.empty(1, 3, 224, 224, device='meta'))

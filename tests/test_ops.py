@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_crossformer.layers import parts
+from timm_crossformer.layers.convolution import convolve
 from timm_crossformer.ops import choose_backend, cpu, grouped_attention, operator, triton
 from timm_crossformer.ops.grouping import map_layout
 
@@ -137,10 +138,11 @@ def test_the_operator_keeps_its_word(name):
 def test_flops_are_counted_on_tokens_that_exist():
     for name, pairs in (('whole', 28 ** 2), ('sda with a remainder', (3 ** 2 + 3 ** 2 + 1) * (4 ** 2 + 1))):
         qkv, *args = case(name)
-        with FlopCounterMode(display=False) as counter:
-            grouped_attention(qkv, *args).sum().backward()
         forward = 2 * 2 * 2 * pairs * 16  # two products of images, pairs and channels
-        assert counter.get_total_flops() == forward + forward * 5 // 2
+        for attend, backward in ((grouped_attention, 4), (lambda *args: operator._operator(*args, 'cpu'), 5)):
+            with FlopCounterMode(display=False) as counter:  # the first shows its products, the second is one operator
+                attend(qkv, *args).sum().backward()
+            assert counter.get_total_flops() == forward + forward * backward // 2
 
 
 @pytest.mark.parametrize(('change', 'message'), [
@@ -217,6 +219,9 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not triton.is_installed(), reason='needs Triton')
+@pytest.mark.skipif(
+    torch.__version__.startswith('2.9.') and not torch.cuda.is_available(),
+    reason='torch 2.9 asks the driver for the layout of fake CUDA tensors')
 @pytest.mark.parametrize(('variant', 'most'), [
     ('crossformer_small', 165), ('crossformer_pp_small', 320), ('crossformer_base', 300)])
 def test_a_block_on_cuda_is_ten_launches_at_every_size(variant, most):
@@ -293,11 +298,10 @@ def test_whoever_replaces_or_watches_a_layer_gets_the_whole_map(change, monkeypa
 
 @pytest.mark.parametrize('kernel', [4, 8, 16, 32])
 def test_a_convolution_by_blocks_gives_the_same(kernel):
-    conv = small().stem.convs[0].__class__(3, 5, kernel, stride=4, padding=(kernel - 4) // 2)
+    conv = torch.nn.Conv2d(3, 5, kernel, stride=4, padding=(kernel - 4) // 2)
     x = noise(2, 3, 24, 36).requires_grad_()
     wanted = [x, *conv.parameters()]
-    expected = conv._conv_forward(x, conv.weight, conv.bias)
-    out = conv(x)
+    expected, out = conv(x), convolve(conv, x)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(y.sin().sum(), wanted) for y in (out, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -312,11 +316,10 @@ def test_a_convolution_by_blocks_gives_the_same(kernel):
 @pytest.mark.parametrize('size', [(24, 40), (2, 4)], ids=str)
 def test_convolutions_of_every_kind_are_what_they_say(channels, change, size):
     args = {**dict(in_channels=channels, out_channels=64, kernel_size=8, stride=2, padding=3), **change}
-    conv = small().stem.convs[0].__class__(**args)
+    conv = torch.nn.Conv2d(**args)
     if size == (2, 4) and (args['padding'] != 3 or {'dilation', 'padding_mode'} & set(change)):
         pytest.skip('the kernel is larger than the map')
     x = noise(2, channels, *size)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(
-                conv(x), torch.nn.Conv2d.forward(conv, x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(convolve(conv, x), conv(x), rtol=1e-4, atol=1e-4)

@@ -7,29 +7,37 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 
-import bench
+import cases
 import readme
+import rows
+import targets
 
 
 @pytest.fixture(scope='module')
 def made_up(tmp_path_factory):
-    """Results of every case the quick bench would run, with times that follow from their place."""
+    """Results of every case the bench would run, with times that follow from their place."""
     folder = tmp_path_factory.mktemp('results')
     pace = itertools.cycle((1., 1.1, .9, 1.3))
-    for what, plans in bench.QUICK_PLANS.items():
-        for cases in bench.sets_of(what, plans):
-            rows = []
-            for case in cases:
+    for what, plans in cases.PLANS.items():
+        for some in [some for plan in plans for some in plan.sets()]:
+            lines = []
+            for case in some:
                 height, width = case.pixels
                 gmacs = height * width / 1e4
                 times = [case.batch * gmacs * next(pace) for _ in range(3)]
-                rows.append({
+                lines.append({
                     **vars(case), 'params_m': 30.6574, 'gmacs': gmacs, 'rounds': 3, 'median_ms': sorted(times)[1],
                     'min_ms': min(times), 'gflops': 50., 'gemm_gflops': 80., 'gemm_share': .625,
                     'peak_mib': height * width / 1e3, 'times_ms': ' '.join(map(str, times)),
                     'hardware': 'an abacus', 'torch': '9.9', 'timm': '1',
                 })
-            bench.write_rows(folder, what, rows)
+            rows.write(folder, what, lines)
+    (folder / 'roofline.csv').write_text(
+        'model,size,batch,dtype,kind,launches,gflops,mib,A100_ms_estimate\n'
+        'crossformer_small,224,1,bf16,GELU,12,1.5,20,0.5\ncrossformer_small,224,1,bf16,norms,8,1,20,0.25\n'
+        'crossformer_small,224,1,fp32,norms,8,1,20,0.25\n')
+    (folder / 'cost.csv').write_text('part,seconds,command,hardware\ninfer,90,all,an abacus\ntrain,30,all,an abacus\n')
+    (folder / 'note.md').write_text('Wait.\n')
     (folder / 'train').mkdir()
     (folder / 'train' / 'peers.csv').write_text(
         'model,parameters,mmacs,data,train_images,epochs,img_size,seed,accuracy,cpu_seconds_per_epoch\n'
@@ -45,24 +53,23 @@ def test_committed_tables_are_those_of_the_committed_results():
     assert readme.main(['--check']) == 0, 'Run `python benchmarks/readme.py`.'
 
 
-@pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'csv_file', 'versions', 'weights'}))
+@pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'cost', 'csv_file', 'note', 'versions', 'weights'}))
 def test_tables_without_results_name_the_command(tmp_path, name):
     text = readme.TABLES[name](tmp_path)
-    script = name if name in ('operators', 'peers') else 'bench'
+    script = name if name in ('operators', 'peers', 'roofline') else 'bench'
     assert ('not measured' if name == 'targets' else f'Not measured yet: `python benchmarks/{script}.py') in text
 
 
 @pytest.mark.parametrize('name, holds', [
     ('variants', '| `crossformer_tiny` | 27.8 | 2.86 | 224 |'),
-    ('speed', '224 px, fp32 (an abacus, torch 9.9) | params (M) | GMACs | img/s, 1 thread, batch 1 |'),
+    ('speed', '| fp32, 224 px (an abacus, torch 9.9) | params (M) | GMACs | img/s, 1 thread, batch 1 |'),
     ('ratios', '| crossformer_lucidrains | vit-pytorch CrossFormer | inference, batch 8 |'),
-    ('per_mac', '| crossformer_small |'),
     ('sizes', '| crossformer_small region |'),
-    ('size_memory', '| crossformer_small region | 1000 |'),
     ('memory', '| crossformer_small map | 262 | 1075 | 1049 | 4194 |'),
     ('compiled', '| crossformer_small | 224 | 1 | 2 |'),
     ('targets', '| yes |'),
     ('operators', '| vit-pytorch CrossFormer | inference, 224 px, batch 8 | 2 | 70 | 80 |'),
+    ('roofline', '| crossformer_small | 224 | 1 | 20 | 2 | 40 | 0.75 |'),
     ('peers', '| Swin | 600000 | 6.4 | 2 | 41.0 | 40.0 to 42.0 | 7.5 |'),
 ])
 def test_tables_hold_the_results(made_up, name, holds):
@@ -72,14 +79,30 @@ def test_tables_hold_the_results(made_up, name, holds):
     assert len({line.count('|') for line in lines}) == 1
 
 
+def test_five_networks_stand_in_short(made_up):
+    lines = readme.speed(made_up, 'few').splitlines()
+    assert [line.split(' | ')[0] for line in lines[2:]] == [
+        '| crossformer_tiny', '| crossformer_small', '| crossformer_pp_small', '| swin_tiny', '| convnext_tiny']
+    assert lines[0].endswith('batch 8 | ms, 800x1344 px | peak MiB, 800x1344 px |')
+    assert lines[5].endswith(' | 1075 |')
+
+
 def test_each_processor_has_its_ratios(tmp_path):
     for hardware, seconds in (('an abacus', '3'), ('a slide rule', '2')):
-        rows = [{**vars(bench.Case(name)), 'task': 'logits', 'size': '224', 'batch': 8, 'hardware': hardware,
-                 'times_ms': times, 'torch': '9.9', 'gmacs': 1, 'gemm_share': 1}
-                for name, times in (('crossformer_small', '1'), (bench.BIRDER, seconds))]
-        bench.write_rows(tmp_path, 'infer', rows)
+        rows.write(tmp_path, 'infer', [
+            {**vars(cases.Case(name, batch=8)), 'hardware': hardware, 'times_ms': times, 'torch': '9.9', 'gmacs': 1}
+            for name, times in (('crossformer_small', '1'), (cases.BIRDER, seconds))])
     body = readme.ratios(tmp_path).splitlines()[2:]
     assert [line.split(' | ')[3:] for line in body] == [['2.00×', 'a slide rule |'], ['3.00×', 'an abacus |']]
+
+
+def test_the_note_stands_as_long_as_its_file(made_up, tmp_path):
+    assert readme.note(made_up) == 'Wait.\n'
+    assert readme.note(tmp_path) == ''
+
+
+def test_a_run_says_what_it_cost(made_up):
+    assert readme.cost(made_up) == 'The last run of `all` took 2 minutes on an abacus: infer 1.5, train 0.5.\n'
 
 
 def test_fit_groups_have_a_table_of_their_own(made_up):
@@ -87,9 +110,9 @@ def test_fit_groups_have_a_table_of_their_own(made_up):
     assert 'fit_groups' not in readme.TABLES['sizes'](made_up)
 
 
-def test_every_target_of_the_cpu_is_measured_by_the_quick_bench(made_up):
-    _, body = bench.targets_table(made_up)
-    assert [line[0] for line in body if line[-1] == 'not measured'] == [line[0] for line in body if 'CUDA' in line[0]]
+def test_every_target_of_the_cpu_is_measured_by_the_bench(made_up):
+    table = targets.table(made_up)
+    assert list(table['target'][table['met'] == 'not measured']) == [n for n in table['target'] if 'CUDA' in n]
 
 
 def test_accuracy_comes_from_the_manifest(made_up, tmp_path):
@@ -159,7 +182,7 @@ def test_plots_are_the_same_for_the_same_results(made_up, tmp_path):
     for name in plot.PLOTTERS:
         first, second = ((tmp_path / folder / f'{name}.svg').read_text() for folder in ('a', 'b'))
         assert first == second
-        assert 'crossformer_small' in first and 'an abacus' in first
+        assert 'crossformer_small' in first and ('stimate' if name == 'roofline' else 'an abacus') in first
 
 
 def test_plots_without_results_say_what_to_run(tmp_path, capsys):

@@ -11,7 +11,7 @@ from timm_crossformer import cli
 
 ROOT = Path(__file__).parents[1]
 SLOW = {'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'huggingface_hub', 'safetensors', 'einops', 'matplotlib'}
-COMMANDS = ['list', 'fetch', 'convert', 'verify', 'push', 'classify', 'features', 'export', 'exec']
+COMMANDS = ['list', 'fetch', 'convert', 'verify', 'push', 'classify', 'features', 'attention', 'export', 'exec']
 
 # Runs the command as a console script does, and writes to a file which modules it imported.
 SCRIPT = '''

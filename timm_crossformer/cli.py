@@ -1,4 +1,4 @@
-"""The command `timm-crossformer`: list, fetch, convert, verify, push, classify, features, export, exec.
+"""The command `timm-crossformer`: list, fetch, convert, verify, push, classify, features, attention, export, exec.
 
 Data goes to stdout, notes and progress to stderr. Exit codes: 0 done; 1 a checkpoint was refused or a check failed;
 2 wrong usage; 3 weights could not be fetched or pushed.
@@ -275,8 +275,22 @@ def _push(args: argparse.Namespace) -> int:
     return OK
 
 
-def _add_weights(parser: Any) -> None:
+def _point(text: str) -> Any:
+    """Parse 0.4,0.6: x and y, from 0 to 1."""
+    try:
+        x, y = map(float, text.split(','))
+        if not (0 <= x <= 1 and 0 <= y <= 1):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'a point is x,y from 0 to 1, like 0.4,0.6; got {text}') from None
+    return x, y
+
+
+def _add_images(parser: Any) -> None:
     parser.add_argument('images', nargs='+', metavar='IMAGE')
+
+
+def _add_weights(parser: Any) -> None:
     parser.add_argument('--model', metavar='NAME', help='as for timm.create_model (default: inferred)')
     parser.add_argument('--weights', metavar='PATH', help='checkpoint file or converted directory')
 
@@ -290,12 +304,13 @@ def _load(args: argparse.Namespace, **kwargs: Any) -> Any:
     return load_model(args.model, args.weights, **kwargs)
 
 
-def _reader(model: Any, whole: bool = False) -> Any:
+def _reader(model: Any, whole: bool = False, size: Optional[Sequence[int]] = None) -> Any:
     """Return a function that reads an image as the model wants it, and mean and std to undo its normalisation.
 
     Args:
         model: Has the preprocessing in its config.
         whole: Keep the image in its own size, instead of the resized centre.
+        size: Stretch the image to this height and width instead.
     """
     import torch
     from PIL import Image, UnidentifiedImageError
@@ -308,6 +323,8 @@ def _reader(model: Any, whole: bool = False) -> Any:
     for key in ('mean', 'std'):
         if len(config[key]) != channels:  # a grey value is an average, and so are its statistics
             config[key] = (sum(config[key]) / len(config[key]),) * channels
+    if size:
+        config.update(input_size=(channels, *size), crop_pct=1.0, crop_mode='squash')
     transform = create_transform(**config)
     if whole:
         transform.transforms = [t for t in transform.transforms if type(t).__name__ not in ('Resize', 'CenterCrop')]
@@ -326,6 +343,7 @@ def _reader(model: Any, whole: bool = False) -> Any:
 
 def _add_classify(subparsers: Any) -> None:
     parser = _command(subparsers, 'classify', _classify, 'Classify images.')
+    _add_images(parser)
     _add_weights(parser)
     parser.add_argument('--topk', type=int, default=5, metavar='K', help='classes to show (default: 5)')
 
@@ -369,6 +387,7 @@ def _class_names(model: Any) -> Callable[[int], str]:
 
 def _add_features(subparsers: Any) -> None:
     parser = _command(subparsers, 'features', _features, 'Extract the feature pyramid, and draw it.')
+    _add_images(parser)
     _add_weights(parser)
     parser.add_argument('--whole', action='store_true', help='in its own size, not the resized centre')
     parser.add_argument('--out', metavar='PNG', help='picture to write: every image beside its four levels')
@@ -398,6 +417,63 @@ def _features(args: argparse.Namespace) -> int:
     _emit(results, args, '\n'.join(
         f'{result["image"]}  ' + '  '.join('×'.join(map(str, level['shape'])) for level in result['levels'])
         for result in results))
+    return OK
+
+
+def _add_attention(subparsers: Any) -> None:
+    parser = _command(subparsers, 'attention', _attention, 'Say where one token of an image attends, and draw it.')
+    parser.add_argument('image', metavar='IMAGE')
+    parser.add_argument('--at', type=_point, required=True, metavar='X,Y', help='point of the token, like 0.4,0.6: '
+                        'fractions of width and height of the image as the model gets it')
+    _add_weights(parser)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument('--whole', action='store_true', help='in its own size, not the resized centre')
+    size.add_argument('--size', type=_numbers, metavar='H,W', help='stretched to this height and width')
+    parser.add_argument('--out', metavar='PNG', help='picture to write: stages as rows, short and long distance beside')
+
+
+def _attention(args: argparse.Namespace) -> int:
+    from .explain import attention_from, token_at
+
+    size = (args.size, args.size) if isinstance(args.size, int) else args.size
+    if size and (len(size) != 2 or min(size) < 1):
+        return _fail(f'--size is one number, or height and width, from 1 up; got {args.size}.', USAGE)
+    model = _load(args)
+    read, mean, std = _reader(model, args.whole, size)
+    image = read(args.image)
+    maps = attention_from(model, image[None], args.at)
+    height, width = image.shape[1:]
+    blocks: List[Dict[str, Any]] = []
+    for stage, weights in enumerate(maps):
+        for block, heads in enumerate(weights):
+            weight = heads.mean(dim=0)
+            blocks.append({
+                'stage': stage,
+                'block': block,
+                'kind': ('SDA', 'LDA')[block % 2],
+                'map': list(weight.shape),
+                'token': list(token_at(args.at, height, width, stage)),
+                'attends_to': int((weight > 0).sum()),
+                'most_to': list(divmod(int(weight.argmax()), weight.shape[1])),
+                'weight': round(float(weight.max()), 6),
+            })
+    if args.out:
+        from .viz import draw_attention
+
+        draw_attention(image * std + mean, maps, args.at, args.out)
+        _note(f'wrote {args.out}')
+    rows = [['block', 'kind', 'map', 'token', 'attends to', 'most to', 'weight']]
+    for b in blocks:
+        rows.append([
+            f'{b["stage"]}.{b["block"]}',
+            b['kind'],
+            '{} × {}'.format(*b['map']),
+            '{}, {}'.format(*b['token']),
+            str(b['attends_to']),
+            '{}, {}'.format(*b['most_to']),
+            f'{b["weight"]:.3f}',
+        ])
+    _emit({'image': args.image, 'at': args.at, 'size': [height, width], 'blocks': blocks}, args, _table(rows))
     return OK
 
 
@@ -479,5 +555,6 @@ def _progress(title: str, total: int, unit: str = 'B') -> Iterator[Callable[[int
 
 
 COMMANDS: List[Callable[[Any], None]] = [
-    _add_list, _add_fetch, _add_convert, _add_verify, _add_push, _add_classify, _add_features, _add_export, _add_exec,
+    _add_list, _add_fetch, _add_convert, _add_verify, _add_push, _add_classify, _add_features, _add_attention,
+    _add_export, _add_exec,
 ]

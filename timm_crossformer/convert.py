@@ -23,7 +23,7 @@ from .variants import VARIANTS
 
 __all__ = ['Checkpoint', 'CheckpointError', 'convert_state_dict', 'parse_state_dict', 'read_checkpoint']
 
-_SHOWN = 100  # keys an error lists before it only counts
+_SHOWN = 20  # keys an error lists before it only counts
 _MAX_KEYS = 100_000  # of a checkpoint; the largest CrossFormer in a detector with optimizer has a few thousand
 
 # Where containers keep weights, the preferred first. As in timm, an exponential moving average wins; but where mmengine

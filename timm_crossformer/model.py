@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
 from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
 from .convert import check_head, check_variant, convert_state_dict, is_foreign
-from .layers import CrossFormerBlock, CrossScaleEmbed
+from .layers import CrossFormerBlock, CrossScaleEmbed, Permute
 from .layers.parts import add_in_parts, goes_in_parts
 from .ops.grouping import LDA_GROUPINGS
 
@@ -243,7 +243,9 @@ class CrossFormer(nn.Module):
             for i in range(stages)
         ])
         self._set_groups(group_size, lda_group_size, interval, lda_grouping, fit_groups)
+        self.to_tokens = Permute(0, 2, 3, 1)
         self.norm = norm(self.num_features, **dd) if stage_norm else nn.Identity()
+        self.to_map = Permute(0, 3, 1, 2)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.apply(_init_weights)
@@ -341,6 +343,10 @@ class CrossFormer(nn.Module):
             if strict:
                 check_head(own, self)
             return super().load_state_dict(own, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        _check_part(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
@@ -447,7 +453,7 @@ class CrossFormer(nn.Module):
 
     def _normalize(self, x: Tensor) -> Tensor:
         """Apply the final norm to a map [B, C, H, W]."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.to_map(self.norm(self.to_tokens(x)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last map, normed: [B, C, ceil(H / 32), ceil(W / 32)] from an image [B, in_chans, H, W]."""
@@ -474,6 +480,10 @@ class CrossFormerFeatures(FeatureListNet):
         with _any_origin(state_dict, self, strict) as own:
             return super().load_state_dict(own, strict, assign)
 
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        _check_part(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'return_layers':
             value = {layer.replace('.', '_'): index for layer, index in value.items()}
@@ -490,6 +500,15 @@ def _any_origin(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -
         if not isinstance(e, ValueError):  # of PyTorch, not ours
             check_variant(own, model)
         raise
+
+
+def _check_part(state_dict: Mapping[str, Any], prefix: str, model: nn.Module) -> None:
+    """Where the model is part of another module, name the variant that weights of other shapes belong to."""
+    if prefix:
+        expected = model.state_dict(keep_vars=True)
+        own = {key[len(prefix):]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        if any(key in expected and tensor.shape != expected[key].shape for key, tensor in own.items()):
+            check_variant(own, model)
 
 
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax', '')

@@ -1,3 +1,6 @@
+import runpy
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -111,3 +114,29 @@ def test_torchgeo(client, check_training):
     images = torch.randn(2, 6, 70, 101)
     check_training(
         lambda: F.cross_entropy(classification(images), torch.tensor([0, 2])), classification.model)
+
+
+def test_grad_cam_without_a_reshape(client):
+    cam = client('pytorch_grad_cam')
+    target = client('pytorch_grad_cam.utils.model_targets').ClassifierOutputTarget(3)
+    model = timm.create_model('test_crossformer', pretrained=True).eval()
+    images = torch.randn(2, 3, 75, 110)
+    levels = []
+    handle = model.stages[2].register_forward_hook(lambda module, args, out: levels.append(out))
+    grads = torch.autograd.grad(model(images)[:, 3].sum(), levels)[0]
+    handle.remove()
+    expected = (grads.mean((2, 3), keepdim=True) * levels[0]).sum(1).relu().detach()
+    with cam.GradCAM(model, target_layers=[model.stages[2]]) as extractor:
+        heat = torch.from_numpy(extractor(images, [target, target]))
+    assert heat.shape == (2, 75, 110)
+    expected = F.interpolate(expected[:, None], size=(75, 110), mode='bilinear', align_corners=False)[:, 0]
+    for ours, theirs in zip(heat, expected, strict=True):
+        assert torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1] > .99
+
+
+def test_the_example_of_class_activation_sees_a_cat(client, capsys, tmp_path):
+    client('pytorch_grad_cam')
+    path = Path(__file__).parents[2] / 'examples' / 'class_activation.py'
+    heat = runpy.run_path(str(path))['main'](['--out', str(tmp_path / 'cam.jpg')])
+    assert 'photo.jpg: cat' in capsys.readouterr().out and (tmp_path / 'cam.jpg').stat().st_size > 5000
+    assert heat[40:110, 60:200].mean() > 2 * heat[110:, :60].mean()  # the eyes, and a corner

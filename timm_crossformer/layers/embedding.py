@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.conv import strided_conv
+from .convolution import convolve
 
-for name in ('check_map', 'pad_to_multiple', 'strided_conv'):  # sizes decide: one node each to a tracer
+for name in ('check_map', 'pad_to_multiple'):  # sizes decide: one node each to a tracer
     torch.fx.wrap(name)
 
 
@@ -46,7 +46,7 @@ class CrossScaleEmbed(nn.Module):
         splits.append(out_chans - sum(splits))
         self.norm_first = norm_first
         self.convs = nn.ModuleList([
-            StridedConv(in_chans, chans, kernel, stride=stride, padding=(kernel - stride) // 2, **dd)
+            nn.Conv2d(in_chans, chans, kernel, stride=stride, padding=(kernel - stride) // 2, **dd)
             for kernel, chans in zip(kernel_sizes, splits, strict=True)
         ])
         norm_dim = in_chans if norm_first else out_chans
@@ -58,28 +58,13 @@ class CrossScaleEmbed(nn.Module):
         if self.norm_first:
             x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = prepare_map(x, self.stride)
-        x = join_maps([conv(x) for conv in self.convs])
+        if torch.jit.is_scripting():
+            x = join_maps([conv(x) for conv in self.convs])
+        else:
+            x = join_maps([convolve(conv, x) for conv in self.convs])
         if not self.norm_first:
             x = self.norm(x)
         return x.permute(0, 3, 1, 2)
-
-
-class StridedConv(nn.Conv2d):
-    """nn.Conv2d in the form that suits the device."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve x [B, C, H, W]."""
-        if torch.jit.is_scripting() or not self._is_usual():
-            return self._conv_forward(x, self.weight, self.bias)
-        else:
-            return strided_conv(x, self.weight, self.bias, self.stride[0], int(self.padding[0]))
-
-    @torch.jit.unused
-    def _is_usual(self) -> bool:
-        """Return whether nobody has made it another kind of convolution than `strided_conv` knows."""
-        square = not isinstance(self.padding, str) and all(
-            a == b for a, b in (self.kernel_size, self.stride, self.padding))
-        return square and self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == 'zeros'
 
 
 def prepare_map(x: Tensor, stride: int) -> Tensor:

@@ -48,7 +48,10 @@ def add_in_parts(blocks: nn.Sequential, x: Tensor) -> Tensor:
         for place, part_rows, part_cols in parts(x, rows, cols):
             part = x[place]
             part = part + attn.attend(block.norm1(part), part_rows, part_cols, table)
-            torch.add(part, block.mlp(block.norm2(part)), out=out[place])
+            # A group larger than a part is whole for attention only.
+            few = max(1, _PART // part[:, 0].numel())
+            for tokens, into in zip(part.split(few, 1), out[place].split(few, 1), strict=True):
+                torch.add(tokens, block.mlp(block.norm2(tokens)), out=into)
         x = block.cooling(out)
     return x
 

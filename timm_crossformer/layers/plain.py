@@ -1,4 +1,4 @@
-"""The questions before a way past the modules is taken: parts of wide maps, and the kernel of a table of biases.
+"""The questions before a way past the modules: parts of wide maps, the kernel of a table, a convolution in other forms.
 
 Whoever replaces, hooks or patches a layer gets every call of it: then neither way is taken.
 """
@@ -11,12 +11,16 @@ from torch.nn.modules import module as nn_module
 
 def is_plain(module: nn.Module, kinds: Sequence[Type[nn.Module]]) -> bool:
     """Return whether a module in evaluation is made of these very classes, unobserved: we know what it does."""
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-        return False
-    return all(
-        type(part) in kinds and not part.training and 'forward' not in part.__dict__
-        and not part._forward_hooks and not part._forward_pre_hooks
-        for part in module.modules())
+    return all(type(part) in kinds and not part.training and not is_watched(part) for part in module.modules())
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Return whether a call of the module does more than its class says: hooks, or a forward method of its own."""
+    return bool(
+        'forward' in module.__dict__
+        or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
 
 
 def is_eager_inference(x: Tensor) -> bool:

@@ -55,7 +55,10 @@ class DynamicPosBias(nn.Module):
         if device_type == 'cuda' and self._suits_kernel(offsets):
             norms = [layer.eps for layer in self.mlp if isinstance(layer, nn.LayerNorm)]
             return triton.position_table(offsets, list(self.mlp.parameters()), norms).permute(1, 2, 0)
-        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        # The compiler of torch 2.9 cannot trace the question whether there is autocast; where it compiles to, there is.
+        available = device_type != 'meta' and (
+            torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type))
+        if not available or not torch.is_autocast_enabled(device_type):
             return self.mlp(offsets)
         with torch.autocast(device_type, enabled=False):
             return self.mlp(offsets)
@@ -96,6 +99,7 @@ def group_offsets(height: int, width: int, legacy_size: Optional[Tuple[int, int]
         # Weights trained that way need the same slip.
         rows, cols = legacy_size
         entry = (dy + rows - 1) * (2 * cols - 1) + dx + cols - 1
-        row, col = divide(entry, 2 * cols + 1)
-        dy, dx = row - rows, col - cols
+        above = height + width  # rows of the lookup: some converters round the quotient of a negative number towards 0
+        row, col = divide(entry + above * (2 * cols + 1), 2 * cols + 1)
+        dy, dx = row - above - rows, col - cols
     return torch.stack([dy, dx], dim=-1).float()

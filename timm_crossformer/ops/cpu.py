@@ -69,7 +69,8 @@ def _attend_in_tiles(
         q: Tensor, k: Tensor, v: Tensor, table: Tensor, gh: int, gw: int, pairs: int = _TILE) -> Tensor:
     """Attend within large groups a few rows of queries at a time, with biases as a view of the table of offsets."""
     dtype, N = q.dtype, gh * gw
-    q, k, v = promote(q).flip([2]) * q.shape[3] ** -0.5, promote(k).transpose(2, 3), promote(v)
+    q, k, v = promote(q), promote(k).transpose(2, 3), promote(v)
+    scale = q.shape[3] ** -0.5
     biases = bias_windows(table, gh, gw).expand(q.shape[1], -1, -1, -1, -1).to(q.dtype)
     x = torch.empty_like(q)
     rows = max(1, pairs // (gw * N))
@@ -77,10 +78,11 @@ def _attend_in_tiles(
         for head in range(q.shape[1]):
             for first in range(0, gh, rows):
                 last = min(first + rows, gh)
-                scores = q[group, head, first * gw:last * gw] @ k[group, head]
+                tile = slice(N - last * gw, N - first * gw)  # biases have the queries in reverse order
+                scores = (q[group, head, tile].flip([0]) * scale) @ k[group, head]
                 scores.view(last - first, gw, gh, gw).add_(biases[head, first:last])
-                x[group, head, first * gw:last * gw] = scores.softmax(dim=-1) @ v[group, head]
-    return x.flip([2]).to(dtype)
+                x[group, head, tile] = (scores.softmax(dim=-1) @ v[group, head]).flip([0])
+    return x.to(dtype)
 
 
 def promote(x: Tensor) -> Tensor:

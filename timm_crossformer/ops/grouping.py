@@ -7,7 +7,7 @@ Along one axis of n tokens every published grouping is one `Layout` (regions, si
 is the given member of the group (region, phase). SDA has interval 1, so neighbours form a group. LDA has an interval
 above 1, so a group is spread out. A group of the map is the product of a group of rows and a group of columns.
 """
-from typing import List, Tuple
+from typing import Any, List, Tuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,21 @@ LDA_GROUPINGS = ('map', 'region', 'grid')
 
 def nearest_divisor(n: int, size: int) -> int:
     """Return the divisor of `n` in [size / 2, 2 * size] nearest to `size` (the smaller on a tie), or `size` if none."""
+    if not torch.jit.is_scripting() and torch.jit.is_tracing():
+        return _trace_divisor(n, size)
     best = 0
     for d in range((size + 1) // 2, 2 * size + 1):
         if n % d == 0 and (best == 0 or abs(d - size) < abs(best - size)):
             best = d
     return best if best > 0 else size
+
+
+@torch.jit.unused
+def _trace_divisor(n: int, size: int) -> int:
+    """Choose as `nearest_divisor` does, without a branch: a trace keeps the choice, and not what came of it."""
+    candidates = sorted(range((size + 1) // 2, 2 * size + 1), key=lambda d: (abs(d - size), d))
+    rests: Any = torch.stack([torch.as_tensor(n % d) for d in [*candidates, 1]])
+    return torch.tensor([*candidates, size])[(rests == 0).long().argmax()]  # type: ignore[return-value]  # the first
 
 
 def axis_layout(n: int, group_size: int, interval: int, grouping: str, fit: bool) -> Layout:
@@ -42,10 +52,9 @@ def axis_layout(n: int, group_size: int, interval: int, grouping: str, fit: bool
         Regions, size, interval. Together they cover at least n tokens; those from n on do not exist.
     """
     if fit and grouping != 'map':
-        size = nearest_divisor(n, group_size)
-        if n % size == 0:
-            group_size = size
-            interval = n // size
+        group_size = nearest_divisor(n, group_size)
+        divides = 1 // (1 + n % group_size)  # 1 or 0: no branch, as below
+        interval = interval + divides * (n // group_size - interval)
     if grouping == 'sda':
         return (n + group_size - 1) // group_size, group_size, 1
     if grouping == 'region':
