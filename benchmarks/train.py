@@ -60,7 +60,14 @@ DROP_PATH = {
 # A run may be resumed with other values of these: they do not change its result.
 FREE_ARGUMENTS = (
     'data', 'output', 'checkpoint_steps', 'checkpoint_minutes', 'workers', 'local_rank', 'rank',
-    'distributed',
+    'distributed', 'summary',
+)
+
+# Columns of --summary.
+SUMMARY = (
+    'model', 'train_images', 'train_sizes', 'img_size', 'epochs', 'batch_size', 'opt', 'lr', 'warmup_epochs',
+    'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix', 'drop_path', 'ema_decay', 'amp', 'seed',
+    'train_loss', 'val_loss', 'accuracy', 'cpu_seconds',
 )
 
 
@@ -299,6 +306,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--workers', type=int, default=0, help='processes that load data; 0: this one')
     parser.add_argument('--checkpoint-steps', type=int, default=0, help='save every so many steps; 0: by time only')
     parser.add_argument('--checkpoint-minutes', type=float, default=5.)
+    parser.add_argument('--summary', help='CSV file to add a row to at the end: the settings and what came out')
     recipe = parser.parse_known_args(argv)[0].recipe
     parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(argv)
@@ -354,7 +362,13 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
             create_transform(args.img_size, crop_pct=args.crop_pct, crop_mode='center', **common),
         ], 1, args.seed)
     indices = random_subset(len(train_set), args.train_limit)
-    val_keys = [(0, i) for i in random_subset(len(val_set), args.val_limit).tolist()[rank::ranks]]
+    same_split = args.val_split == args.train_split  # then other images: those at the other end of the permutation
+    val_indices = random_subset(len(val_set), args.val_limit, same_split)
+    if same_split and len(indices) + len(val_indices) > len(train_set):
+        raise ValueError(
+            f'Training and validation need different images, got {len(indices)} and {len(val_indices)} of the '
+            f'{len(train_set)} in {args.train_split!r}. Lower `--train-limit` or `--val-limit`, or set `--val-split`.')
+    val_keys = [(0, i) for i in val_indices.tolist()[rank::ranks]]
     loader_args: Dict[str, Any] = dict(num_workers=args.workers, pin_memory=device.type == 'cuda')
     if args.augment == 'batch':
         loader_args['collate_fn'] = as_it_is
@@ -469,6 +483,8 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         if main:
             print(', '.join(f'{k} {v}' for k, v in row.items() if v != ''), flush=True)
             write_log(rows, folder, f'{args.model}, {parameters / 1e6:.2f} M parameters')
+    if main and args.summary:
+        add_row(Path(args.summary), dict(rows[-1], **settings))
     if main:
         tensors = {k: v.detach().cpu().contiguous() for k, v in (ema.module if ema else model).state_dict().items()}
         safetensors.torch.save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
@@ -477,16 +493,27 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     return rows[-1]
 
 
+def add_row(path: Path, row: Dict[str, Any]) -> None:
+    """Add the columns `SUMMARY` of a row to a CSV file, which is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a', newline='') as file:
+        writer = csv.DictWriter(file, SUMMARY, extrasaction='ignore', lineterminator='\n')
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def as_it_is(batch: Any) -> Any:
     """Return a batch that needs no collating."""
     return batch
 
 
-def random_subset(length: int, limit: Optional[int]) -> torch.Tensor:
-    """Return all indices in order, or `limit` random ones, the same in every run."""
+def random_subset(length: int, limit: Optional[int], last: bool = False) -> torch.Tensor:
+    """Return all indices in order, or the first or last `limit` of a permutation that is the same in every run."""
     if limit is None or limit >= length:
         return torch.arange(length)
-    return torch.randperm(length, generator=torch.Generator().manual_seed(0))[:limit].sort().values
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(0))
+    return (order[length - limit:] if last else order[:limit]).sort().values
 
 
 def describe_run(folder: Path, settings: Dict[str, Any]) -> None:

@@ -89,12 +89,18 @@ def test_killed_run_ends_like_an_uninterrupted_one(train, data, tmp_path, option
 
 
 def test_loss_falls_and_the_files_are_there(train, data, tmp_path):
-    last = train.train(train.parse_args(arguments(data, tmp_path, '--epochs', '6', '--img-size', '16')))
+    summary = tmp_path / 'summary.csv'
+    for _ in range(2):  # the second run has nothing left to do
+        last = train.train(train.parse_args(arguments(
+            data, tmp_path, '--epochs', '6', '--img-size', '16', '--summary', str(summary))))
     losses = [float(row['train_loss']) for row in rows_of(tmp_path)]
     assert losses[-1] < 0.8 * losses[0]
     assert last['accuracy'] > 90
     assert json.loads((tmp_path / 'config.json').read_text())['settings']['train_images'] == 48
     assert (tmp_path / 'plot.svg').read_text().startswith('<?xml')
+    with open(summary, newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['lr'], float(row['accuracy'])) for row in rows] == 2 * [('0.002', last['accuracy'])]
 
 
 def test_imagenet_recipe_is_the_official_one(train):
@@ -133,6 +139,15 @@ def test_ranks_share_each_batch(train):
     for batch, first, second in zip(whole, *halves, strict=True):
         assert sorted(batch) == sorted(first + second)
     assert list(train.Batches(torch.arange(20), 6, 1, 2, 0, 0, 1)) == whole[2:]
+
+
+def test_validation_on_the_training_split_takes_other_images(train, data, tmp_path):
+    first, last = train.random_subset(20, 12), train.random_subset(20, 8, last=True)
+    assert sorted([*first.tolist(), *last.tolist()]) == list(range(20))
+    split = ['--val-split', 'train', '--img-size', '16', '--epochs', '1', '--train-limit', '40', '--val-limit']
+    train.main(arguments(data, tmp_path, *split, '8'))
+    with pytest.raises(ValueError, match="different images, got 40 and 9 of the 48 in 'train'"):
+        train.main(arguments(data, tmp_path, *split, '9'))
 
 
 @pytest.mark.slow
