@@ -1,6 +1,6 @@
 """The questions before a way past the modules: parts of wide maps, the kernel of a table, a convolution in other forms.
 
-Whoever replaces, hooks or patches a layer gets every call of it: then neither way is taken.
+Whoever replaces, hooks or patches a layer gets every call of it: then none of them is taken.
 """
 from typing import Sequence, Type
 
