@@ -66,7 +66,7 @@ FREE_ARGUMENTS = (
 # Columns of --summary.
 SUMMARY = (
     'model', 'train_images', 'train_sizes', 'img_size', 'epochs', 'batch_size', 'opt', 'lr', 'warmup_epochs',
-    'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix', 'drop_path', 'ema_decay', 'amp', 'seed',
+    'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix', 'mixup_prob', 'drop_path', 'ema_decay', 'amp', 'seed',
     'train_loss', 'val_loss', 'accuracy', 'cpu_seconds',
 )
 
@@ -290,6 +290,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--smoothing', type=float)
     parser.add_argument('--mixup', type=float, default=0.)
     parser.add_argument('--cutmix', type=float, default=0.)
+    parser.add_argument('--mixup-prob', type=float, default=1., help='part of the batches that are mixed')
     parser.add_argument('--mixup-off-epoch', type=int, help='first epoch without mixup and cutmix')
     parser.add_argument(
         '--augment', choices=('timm', 'batch'), help="'batch': shift and flip of small images of one size, in memory")
@@ -382,7 +383,8 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         optimizer, 'cosine', num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=args.warmup_lr,
         min_lr=args.min_lr, step_on_epochs=False, updates_per_epoch=steps)
     mixup = Mixup(
-        args.mixup, args.cutmix, switch_prob=0.5, label_smoothing=args.smoothing, num_classes=num_classes,
+        args.mixup, args.cutmix, prob=args.mixup_prob, switch_prob=0.5, label_smoothing=args.smoothing,
+        num_classes=num_classes,
     ) if args.mixup or args.cutmix else None
 
     settings = {k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}
