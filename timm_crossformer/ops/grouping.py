@@ -77,13 +77,27 @@ def map_layout(
     The official classifier makes square windows of min(H, W) there, its dense code one window of max(H, W) with masked
     padding. Attention over the true H x W rectangle equals both wherever they run.
 
-    The choice is written without a branch, so that one exported or compiled graph serves small and large maps: a
-    product of floor divisions is 0 exactly if one side fits into a group, and 1 // (1 + product) is then 1.
     """
     rows = axis_layout(height, group_size[0], interval, grouping, fit)
     cols = axis_layout(width, group_size[1], interval, grouping, fit)
-    whole = 1 // (1 + (height // (group_size[0] + 1)) * (width // (group_size[1] + 1)))
-    return _blend(rows, height, whole), _blend(cols, width, whole)
+    if not torch.jit.is_scripting() and _one_graph():
+        # Without a branch. The product is 0 exactly if one side fits into a group.
+        whole = 1 // (1 + (height // (group_size[0] + 1)) * (width // (group_size[1] + 1)))
+        return _blend(rows, height, whole), _blend(cols, width, whole)
+    if height <= group_size[0] or width <= group_size[1]:
+        return (1, height, 1), (1, width, 1)
+    return rows, cols
+
+
+@torch.jit.unused
+def _one_graph() -> bool:
+    """Return whether small and large maps are to share a graph: exported, traced, or compiled for inference.
+
+    Not compiled for training: Inductor would carry the formula of the choice through every kernel of a backward pass,
+    and take minutes over them.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or (
+        torch.compiler.is_compiling() and not torch.is_grad_enabled())
 
 
 def _blend(layout: Layout, n: int, whole: int) -> Layout:
