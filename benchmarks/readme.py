@@ -253,9 +253,9 @@ def csv_file(results: Path, name: str, *columns: str) -> str:
 
 
 @table
-def peers(results: Path) -> str:
-    """Compare the networks that were trained alike, over their seeds."""
-    frame = read_csv(results / 'train' / 'peers.csv', dtype={'mmacs': str})
+def peers(results: Path, name: str = 'peers') -> str:
+    """Compare the networks that were trained alike, over their seeds: benchmarks/results/train/NAME.csv."""
+    frame = read_csv(results / 'train' / f'{name}.csv', dtype={'mmacs': str})
     if frame.empty:
         return markdown(frame, 'python benchmarks/peers.py')
     budget = '{data}, {train_images} images, {epochs} epochs, {img_size} px'.format(**frame.iloc[0])

@@ -271,6 +271,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--num-classes', type=int, help='default: as many as the dataset has')
     parser.add_argument('--model-kwargs', type=json.loads, default={}, help='JSON object of constructor arguments')
     parser.add_argument('--pretrained', action='store_true')
+    parser.add_argument('--zero', metavar='PART', help='keep parameters at zero whose name contains this')
     parser.add_argument('--drop-path', type=float, help="default: the official rate with the recipe 'imagenet', else 0")
     parser.add_argument('--img-size', type=int, default=32, help='size of validation, and of training')
     parser.add_argument(
@@ -339,6 +340,8 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     if args.drop_path:
         kwargs['drop_path_rate'] = args.drop_path
     model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=num_classes, **kwargs).to(device)
+    if args.zero:
+        keep_at_zero(model, args.zero)
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = create_optimizer_v2(
         model, args.opt, lr=args.lr, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
@@ -493,6 +496,15 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     if args.distributed:
         dist.destroy_process_group()
     return rows[-1]
+
+
+def keep_at_zero(model: torch.nn.Module, part: str) -> None:
+    """Set the parameters whose name contains `part` to zero, and train them no more."""
+    found = [p for name, p in model.named_parameters() if part in name]
+    if not found:
+        raise ValueError(f'`--zero` needs a part of the name of a parameter, got {part!r}, which is in none.')
+    for p in found:
+        torch.nn.init.zeros_(p).requires_grad_(False)
 
 
 def add_row(path: Path, row: Dict[str, Any]) -> None:

@@ -151,6 +151,32 @@ def test_validation_on_the_training_split_takes_other_images(train, data, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('what, shown', [('peers', 'Hiera'), ('ablations', 'without position bias')])
+def test_contestants_are_equally_large_and_end_in_a_table(train, data, tmp_path, what, shown):
+    import pandas as pd
+    import peers
+    names = list(peers.CONTESTANTS[what])
+    assert len(names) == len({str(peers.arguments_of(name, 32)) for name in names})
+    peers.main([
+        '--contestants', what, '--data', str(data), '--work', str(tmp_path / 'work'), '--csv',
+        str(tmp_path / 'out.csv'), '--plot', str(tmp_path / 'out.svg'), '--num-classes', '2', '--', '--epochs', '1',
+        '--batch-size', '16', '--threads', '1'])
+    rows = pd.read_csv(tmp_path / 'out.csv')
+    assert list(rows['model']) == names
+    assert (rows['parameters'] / rows['parameters'][0] - 1).abs().max() < .05
+    assert shown in (tmp_path / 'out.svg').read_text()
+
+
+def test_parameters_kept_at_zero_stay_there(train, data, tmp_path):
+    train.train(train.parse_args(arguments(
+        data, tmp_path, '--img-size', '16', '--zero', 'blocks.1.attn.pos_bias')))
+    weights = load_file(tmp_path / 'model.safetensors')
+    nonzero = {key.split('.attn.')[0] for key, value in weights.items() if 'pos_bias.mlp' in key and value.any()}
+    assert {key.rsplit('.', 1)[-1] for key in nonzero} == {'0', '2', '3'}
+    with pytest.raises(ValueError, match="`--zero` needs a part of the name of a parameter, got 'posbias'"):
+        train.train(train.parse_args(arguments(data, tmp_path / 'other', '--zero', 'posbias')))
+
+
 def test_torchrun(data, tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(SCRIPT)]
     subprocess.run([*command, *arguments(data, tmp_path, '--img-size', '16')], check=True, timeout=300)
