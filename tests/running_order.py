@@ -8,10 +8,8 @@ from typing import List, Sequence
 # Those marked `slow` and others, the longest first. Not here: cases that share a long fixture; spread, they would run
 # it in every worker.
 LONG = (
-    'test_export.py::test_the_command_exports_a_classifier_without_a_warning',
-    'test_export.py::test_files_of_a_pyramid_run_at_sizes_not_seen_at_export',
-    'test_export.py::test_aotinductor_compiles_a_program_of_one_size',
-    'test_export.py::test_inductor',
+    'test_export.py::test_the_command_exports_a_pyramid_for_all_sizes_without_a_warning',
+    'test_export.py::test_ways_of_compiling',
     'test_bench.py::test_peers_are_the_same_networks',
     'test_warnings.py::test_no_warning',
     'test_train.py::test_killed_run_ends_like_an_uninterrupted_one',

@@ -23,7 +23,6 @@ def shallow(**kwargs):
 
 
 ROOT = Path(__file__).parents[1]
-FORMATS = pytest.mark.parametrize('format, suffix', [('torch', 'pt2'), ('onnx', 'onnx'), ('openvino', 'xml')])
 ONE_QUICK = pytest.mark.parametrize('grouping', [
     pytest.param(g, marks=[] if g == 'map' else [pytest.mark.slow]) for g in GROUPINGS])
 
@@ -55,35 +54,26 @@ print([tuple(level.shape) for level in program(torch.zeros(3, 3, 65, 200))], "ti
 '''
 
 
+# Classifiers go through the same in test_practice.py, in Python.
 @pytest.mark.slow
-@FORMATS
-def test_files_of_a_pyramid_run_at_sizes_not_seen_at_export(format, suffix, tmp_path):
-    model = shallow(features_only=True)
-    path = export_model(model, tmp_path / f'model.{suffix}', format)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        ['model.xml', 'model.bin'] if format == 'openvino' else [path.name])
-    assert max(verify_exported(model, path).values()) < 1e-4
+@pytest.mark.parametrize('format, suffix', [('torch', 'pt2'), ('onnx', 'onnx'), ('openvino', 'xml')])
+def test_the_command_exports_a_pyramid_for_all_sizes_without_a_warning(format, suffix, tmp_path):
+    pytest.importorskip(format)
+    result = subprocess.run([
+        sys.executable, '-W', 'error', '-m', 'timm_crossformer', 'export', f'model.{suffix}',
+        '--model', 'test_crossformer', '--features', '--format', format, '--dynamic', '--verify', '--pretrained',
+    ], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr  # also if the file differs from the model
+    assert 'Warning' not in result.stderr and 'Exception ignored' not in result.stderr
+    assert '191 x 70' in result.stdout
+    path = tmp_path / f'model.{suffix}'
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, *(['model.bin'] if suffix == 'xml' else [])}
     if format == 'onnx':
         assert str(Path(timm_crossformer.__file__).parent).encode() not in path.read_bytes()
     if format == 'torch':
         result = subprocess.run(
             [sys.executable, '-c', RUN_A_PROGRAM, str(path)], capture_output=True, text=True, check=True)
-        shapes = [tuple(level.shape) for level in model(torch.zeros(3, 3, 65, 200))]
-        assert result.stdout.strip() == f'{shapes} False'
-
-
-@pytest.mark.slow
-@FORMATS
-def test_the_command_exports_a_classifier_without_a_warning(format, suffix, tmp_path):
-    pytest.importorskip(format)
-    result = subprocess.run([
-        sys.executable, '-W', 'error', '-m', 'timm_crossformer', 'export', f'model.{suffix}',
-        '--model', 'test_crossformer', '--format', format, '--dynamic', '--verify',
-    ], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert 'Warning' not in result.stderr and 'Exception ignored' not in result.stderr
-    assert '191 x 70' in result.stdout
-    assert (tmp_path / f'model.{suffix}').exists()
+        assert result.stdout.strip() == '[(3, 32, 17, 50), (3, 48, 9, 25), (3, 64, 5, 13), (3, 96, 3, 7)] False'
 
 
 def test_wrong_exports(tmp_path, monkeypatch):
@@ -158,28 +148,10 @@ def test_compiled_for_training_few_graphs_serve_all_sizes(dynamic, graphs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('args', [dict(mode='max-autotune-no-cudagraphs'), dict(dynamic=True)], ids=str)
+@pytest.mark.parametrize('args', [dict(mode='max-autotune-no-cudagraphs'), dict(dynamic=True, fullgraph=True)], ids=str)
 def test_ways_of_compiling(args):
     model, compiled = _small_and_compiled(**args)
     with torch.no_grad():
         for h, w in ((37, 29), (64, 48)):
             x = noise(2, 3, h, w)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_inductor():
-    model, x = shallow(num_classes=10), noise(2, 3, 72, 50)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
-    with torch.inference_mode():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_aotinductor_compiles_a_program_of_one_size(tmp_path):
-    model, x = shallow(num_classes=10), noise(1, 3, 72, 50)
-    with torch.no_grad():
-        program = export_program(model, (72, 50), dynamic=False)
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'model.pt2'))
-        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x), rtol=1e-4, atol=1e-5)

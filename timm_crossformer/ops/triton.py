@@ -353,10 +353,7 @@ def table_launch_options() -> Dict[str, Any]:
 
 def _allows_tf32() -> bool:
     """Return whether PyTorch may round the fp32 factors of matrix products."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, 'fp32_precision'):
-        return matmul.fp32_precision == 'tf32'
-    return matmul.allow_tf32  # before PyTorch 2.9
+    return torch.backends.cuda.matmul.fp32_precision == 'tf32'
 
 
 def _launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
