@@ -92,13 +92,6 @@ def _faster(*ratios: Optional[float]) -> List[str]:
 
 
 @table
-def note(results: Path) -> str:
-    """What has to be known of all rows of time and memory, as long as there is such a thing."""
-    path = results / 'note.md'
-    return path.read_text(encoding='utf-8') if path.exists() else ''
-
-
-@table
 def speed(results: Path, few: str = '') -> str:
     """Inference of each network at 224 px and of a large image, and its memory; `few` for five of them, in short."""
     infer = rows.read(results, 'infer', mode='eager')

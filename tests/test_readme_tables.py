@@ -37,7 +37,6 @@ def made_up(tmp_path_factory):
         'crossformer_small,224,1,bf16,GELU,12,1.5,20,0.5\ncrossformer_small,224,1,bf16,norms,8,1,20,0.25\n'
         'crossformer_small,224,1,fp32,norms,8,1,20,0.25\n')
     (folder / 'cost.csv').write_text('part,seconds,command,hardware\ninfer,90,all,an abacus\ntrain,30,all,an abacus\n')
-    (folder / 'note.md').write_text('Wait.\n')
     (folder / 'train').mkdir()
     (folder / 'train' / 'peers.csv').write_text(
         'model,parameters,mmacs,data,train_images,epochs,img_size,seed,accuracy,cpu_seconds_per_epoch\n'
@@ -53,7 +52,7 @@ def test_committed_tables_are_those_of_the_committed_results():
     assert readme.main(['--check']) == 0, 'Run `python benchmarks/readme.py`.'
 
 
-@pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'cost', 'csv_file', 'note', 'versions', 'weights'}))
+@pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'cost', 'csv_file', 'versions', 'weights'}))
 def test_tables_without_results_name_the_command(tmp_path, name):
     text = readme.TABLES[name](tmp_path)
     script = name if name in ('operators', 'peers', 'roofline') else 'bench'
@@ -94,11 +93,6 @@ def test_each_processor_has_its_ratios(tmp_path):
             for name, times in (('crossformer_small', '1'), (cases.BIRDER, seconds))])
     body = readme.ratios(tmp_path).splitlines()[2:]
     assert [line.split(' | ')[3:] for line in body] == [['2.00×', 'a slide rule |'], ['3.00×', 'an abacus |']]
-
-
-def test_the_note_stands_as_long_as_its_file(made_up, tmp_path):
-    assert readme.note(made_up) == 'Wait.\n'
-    assert readme.note(tmp_path) == ''
 
 
 def test_a_run_says_what_it_cost(made_up):
