@@ -133,11 +133,11 @@ def _small_and_compiled(**args):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('dynamic', 'graphs'), [(None, [1, 2, 2]), (True, [1, 1, 1])], ids=str)
+@pytest.mark.parametrize(('dynamic', 'graphs'), [(None, [1, 2, 2, 3]), (True, [1, 1, 1, 2])], ids=str)
 def test_compiled_for_training_few_graphs_serve_all_sizes(dynamic, graphs):
     model, compiled = _small_and_compiled(backend='aot_eager', dynamic=dynamic)
     seen = []
-    for h, w in ((37, 29), (64, 48), (33, 65)):
+    for h, w in ((37, 29), (64, 48), (33, 65), (12, 40)):  # in the last a group is the whole map
         x = noise(2, 3, h, w)
         grads = [torch.autograd.grad(net(x).square().sum(), list(model.parameters())) for net in (compiled, model)]
         for a, b in zip(*grads, strict=True):
