@@ -23,14 +23,14 @@ _PEERS: Dict[str, Dict[str, Any]] = {
     'Swin': dict(
         model='swin_tiny_patch4_window7_224', patch_size=4, window_size=4, embed_dim=32, depths=[2, 4, 2],
         num_heads=[1, 2, 4], mlp_ratio=3.5),
-    'ViT': dict(model='vit_tiny_patch16_224', patch_size=4, embed_dim=96, depth=6, num_heads=3, mlp_ratio=3.5),
     'ConvNeXt': dict(model='convnext_tiny', depths=[2, 2, 4, 2], dims=[32, 48, 80, 128]),
     'PVTv2': dict(
         model='pvt_v2_b0', depths=[2, 2, 2, 2], embed_dims=[24, 48, 64, 80], num_heads=[1, 2, 2, 2],
         mlp_ratios=[4, 4, 4, 4]),
     'Hiera': dict(model='hiera_tiny_224', stages=[2, 2, 4, 1], embed_dim=20),
+    'ViT': dict(model='vit_tiny_patch16_224', patch_size=4, embed_dim=96, depth=6, num_heads=3, mlp_ratio=3.5),
 }
-# Groups of 2 x 2 tokens, so that the three groupings differ on the maps of 8 x 8 and 4 x 4 tokens of an image of 32 px.
+# Groups of 2 x 2 tokens, so that the three groupings differ on the 8 x 8 tokens that an image of 32 px has at first.
 _SMALL_GROUPS = dict(model='test_crossformer', group_size=2, interval=[2, 2, 1, 1])
 _ABLATIONS: Dict[str, Dict[str, Any]] = {
     'map (the base of the next two)': dict(_SMALL_GROUPS, lda_grouping='map'),
