@@ -26,7 +26,7 @@ demo: $(VENV)/demo
 	$(BIN)/timm-crossformer features examples/photo.jpg --whole --out outputs/pyramid.png
 	@echo "Wrote outputs/pyramid.png: the photo beside its four levels."
 
-# Lint, types and the tests of every promise, on the newest versions.
+# Lint, types and the quick tests, on the newest versions.
 test: check quick
 
 # All there is: the long tests, other versions, timm's own tests, the wheel, other people's packages.

@@ -1,6 +1,6 @@
 """Measure CrossFormer and its peers; each case becomes a row of a CSV file.
 
-    python benchmarks/bench.py all --quick     everything the READMEs quote
+    python benchmarks/bench.py all --quick     everything the READMEs quote but training
     python benchmarks/bench.py infer           one part of it; `--help` lists the parts and their options
     python benchmarks/bench.py targets         what the rows in benchmarks/results say about the targets
 

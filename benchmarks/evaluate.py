@@ -32,8 +32,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--data', required=True, help='folder of parquet files with columns image and label')
     parser.add_argument('--split', default='test')
     parser.add_argument('--dataset-name', default='CIFAR-10 (JPEG q75)', help='what to call the data in the CSV')
-    parser.add_argument('--weights', help='weight file; default: the weights the name stands for')
-    parser.add_argument('--num-classes', type=int, help='with --weights')
     parser.add_argument('--img-size', type=int, nargs='+', help="default: the model's own")
     parser.add_argument('--groupings', action='store_true', help='all of them, with and without fit_groups')
     parser.add_argument('--limit', type=int, help='the first so many images')
@@ -43,12 +41,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
 
-    model = timm.create_model(
-        args.model,
-        pretrained=not args.weights,
-        checkpoint_path=args.weights or '',
-        **({'num_classes': args.num_classes} if args.num_classes else {}),
-    ).eval()
+    model = timm.create_model(args.model, pretrained=True).eval()
     config = resolve_model_data_config(model)
     table = pyarrow.parquet.read_table(Path(args.data) / f'{args.split}.parquet', columns=['image', 'label'])
     table = table.slice(0, args.limit or len(table))

@@ -163,8 +163,14 @@ def test_contestants_are_equally_large_and_end_in_a_table(train, data, tmp_path,
         '--batch-size', '16', '--threads', '1'])
     rows = pd.read_csv(tmp_path / 'out.csv')
     assert list(rows['model']) == names
-    assert (rows['parameters'] / rows['parameters'][0] - 1).abs().max() < .05
     assert shown in (tmp_path / 'out.svg').read_text()
+
+
+def test_contestants_of_other_sizes_are_refused(train, monkeypatch):
+    import peers
+    monkeypatch.setattr(peers, 'TOLERANCE', 1e-3)
+    with pytest.raises(ValueError, match='Contestants need equal parameters within 0%, got 615868 for Swin and 633352'):
+        peers.main(['--data', '', '--work', '', '--csv', ''])
 
 
 def test_parameters_kept_at_zero_stay_there(train, data, tmp_path):

@@ -212,7 +212,7 @@ def test_a_fault_is_told_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
     monkeypatch.setattr(ops, '_verdicts', {})
-    monkeypatch.setattr(ops, 'find_fault', lambda device, reference: 'no compiler')
+    monkeypatch.setattr(ops, 'find_fault', lambda device: 'no compiler')
     with pytest.warns(UserWarning, match=r'do not work on cuda:0, PyTorch serves instead: no compiler'):
         assert not ops.works_on(device)
     monkeypatch.setattr(ops, 'find_fault', None)
@@ -228,7 +228,7 @@ def test_works_on_remembers_and_waits_for_captures_to_end(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing.pop(0))
     monkeypatch.setattr(ops, '_verdicts', {})
-    monkeypatch.setattr(ops, 'find_fault', lambda device, reference: None)
+    monkeypatch.setattr(ops, 'find_fault', lambda device: None)
     assert not ops.works_on(device)
     assert ops.works_on(device)
     assert ops.works_on(device)

@@ -42,7 +42,7 @@ def test_every_run_is_a_make_target_that_installs_its_versions():
         assert f'benchmarks/versions.py {run["versions"]}' in makefile
 
 
-def test_the_readme_lists_them():
+def test_the_table_of_versions_lists_them():
     text = readme.TABLES['versions'](ROOT)
     floors = versions.floors()
     assert f'torch {floors["torch"]} and timm {floors["timm"]}, or newer' in text

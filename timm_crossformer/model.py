@@ -146,11 +146,11 @@ class CrossFormer(nn.Module):
                 a list with one G per block (progressive group size of CrossFormer++).
             lda_group_size: G of long-distance attention where it differs from `group_size`.
             interval: Distance of neighbours in a long-distance group, I, per stage. `grid` chooses its own.
-            lda_grouping: What long-distance attention groups in maps that G * I does not cover: 'map' spreads I * I
-                groups over the whole map, 'region' spreads them over squares of G * I tokens, 'grid' spreads G
-                tokens per axis over the map.
-            fit_groups: Choose groups that divide the map where a divisor lies between G / 2 and 2 G. Faster at
-                sizes other than 224; not what the published weights were trained with.
+            lda_grouping: What long-distance attention groups; all are the same in maps of G * I tokens. 'map'
+                spreads I * I groups over the whole map, 'region' spreads them over squares of G * I tokens, 'grid'
+                spreads G tokens per axis over the map.
+            fit_groups: Choose groups that divide the map where a divisor lies between G / 2 and 2 G. Not what the
+                published weights were trained with.
             cooling: Amplitude cooling layers (CrossFormer++).
             pos_bias: 'paper': an MLP of width channels / 16, one bias per head. 'lucidrains': width channels / 4,
                 one bias for all heads, looked up as vit-pytorch does.

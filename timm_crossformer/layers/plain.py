@@ -1,6 +1,6 @@
-"""The questions before a way past the modules: parts of wide maps, the kernel of a table, a convolution in other forms.
+"""Checks before a shortcut past modules: wide maps in parts, one kernel for a table, a convolution in other forms.
 
-Whoever replaces, hooks or patches a layer gets every call of it: then none of them is taken.
+A layer that somebody replaced, hooked or patched has to get every call, so then no shortcut is taken.
 """
 from typing import Sequence, Type
 

@@ -76,7 +76,6 @@ def map_layout(
 
     The official classifier makes square windows of min(H, W) there, its dense code one window of max(H, W) with masked
     padding. Attention over the true H x W rectangle equals both wherever they run.
-
     """
     rows = axis_layout(height, group_size[0], interval, grouping, fit)
     cols = axis_layout(width, group_size[1], interval, grouping, fit)

@@ -9,9 +9,9 @@ as keys and never written. The bias of a pair depends on the difference of its t
 place: its number if rows of a group were as wide as rows of the table. The entry of a pair in the table is the place of
 the query minus the place of the key, counted from the entry in the centre, that of no offset.
 
-Groups of up to 64 members are attended to at once. Larger ones are cut into tiles, and programs walk over tiles of keys
-(or queries) like flash attention, with a running maximum. The forward pass saves nothing: the backward pass computes
-the probabilities anew.
+Groups of up to 64 members are attended to at once, of 32 in the backward pass in fp32, of fewer with wide heads. Larger
+ones are cut into tiles, and programs walk over tiles of keys (or queries) like flash attention, with a running maximum.
+The forward pass saves nothing: the backward pass computes the probabilities anew.
 """
 from __future__ import annotations
 
@@ -517,12 +517,11 @@ def supports_table(dim: int, heads: int) -> bool:
 _verdicts: Dict[torch.device, bool] = {}
 
 
-def works_on(device: torch.device, reference: Optional[Attention] = None) -> bool:
+def works_on(device: torch.device) -> bool:
     """Return whether the kernels compute what they should on a device; tried at the first question, with one warning.
 
     Args:
         device: Any device; the answer is True for CUDA only, and for the interpreter.
-        reference: A plain PyTorch form of `forward`; None is that of `.reference`.
     """
     if is_interpreted():
         return True
@@ -533,7 +532,7 @@ def works_on(device: torch.device, reference: Optional[Attention] = None) -> boo
     if device not in _verdicts:
         if torch.cuda.is_current_stream_capturing():  # nothing can be compared now
             return False
-        fault = find_fault(device, reference)
+        fault = find_fault(device)
         _verdicts[device] = fault is None
         if fault is not None:
             text = f'The Triton kernels of grouped attention do not work on {device}, PyTorch serves instead: {fault}'
