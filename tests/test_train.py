@@ -204,4 +204,5 @@ def test_bundled_weights_are_those_that_were_measured():
     assert metric['value'] == float(row['accuracy'])
     assert metric['dataset'].startswith(row['data'])
     assert row['images'] == '10000'
-    assert float(rows_of(results)[-1]['accuracy']) == pytest.approx(metric['value'], abs=0.3)  # bf16, and fp16 weights
+    fourth, fifth = (float(rows_of(folder)[-1]['accuracy']) for folder in (results / 'fourth', results))
+    assert fifth < metric['value'] < fourth  # a mean of the weights of both
