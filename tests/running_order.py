@@ -10,6 +10,7 @@ from typing import List, Sequence
 LONG = (
     'test_export.py::test_the_command_exports_a_pyramid_for_all_sizes_without_a_warning',
     'test_export.py::test_ways_of_compiling',
+    'test_export.py::test_inductor',
     'test_bench.py::test_peers_are_the_same_networks',
     'test_warnings.py::test_no_warning',
     'test_train.py::test_killed_run_ends_like_an_uninterrupted_one',

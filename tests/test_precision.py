@@ -1,5 +1,3 @@
-import importlib.util
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,34 +65,37 @@ def test_int8_linears_of_torch_ao():
     assert 0 < _drift(low, reference) < .15
 
 
+@pytest.fixture
+def quantized():
+    """Quantise a model by a config of torchao, by its name; return it, its images and its logits."""
+    torchao = pytest.importorskip('torchao.quantization')
+    model, images = small(), _images()
+
+    def quantize(config):
+        with torch.no_grad():
+            reference = model(images)
+            torchao.quantize_(model, getattr(torchao, config)())
+            low = model(images)
+        assert 0 < _drift(low, reference) < .15
+        return model, images, low
+    return quantize
+
+
 @pytest.mark.clients
 @pytest.mark.filterwarnings('default')  # other packages warn of each other
-@pytest.mark.skipif(importlib.util.find_spec('torchao') is None, reason='torchao is not installed')
-def test_int8_linears_of_torchao():
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-    model, images = small(), _images()
-    with torch.no_grad():
-        reference = model(images)
-        quantize_(model, Int8DynamicActivationInt8WeightConfig())
-        low = model(images)
+def test_int8_linears_of_torchao(quantized):
+    model, _, _ = quantized('Int8DynamicActivationInt8WeightConfig')
     assert 'AffineQuantized' in str(model.stages[0].blocks[0].attn.qkv) or 'Int8' in str(
         model.stages[0].blocks[0].attn.qkv)
-    assert 0 < _drift(low, reference) < .15
 
 
 @pytest.mark.clients
 @pytest.mark.filterwarnings('default')
-@pytest.mark.skipif(importlib.util.find_spec('torchao') is None, reason='torchao is not installed')
-def test_compiled_with_int8_weights_of_torchao():
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    model, images = small(), _images()
+def test_compiled_with_int8_weights_of_torchao(quantized):
+    model, images, low = quantized('Int8WeightOnlyConfig')
+    torch._dynamo.reset()
     with torch.no_grad():
-        reference = model(images)
-        quantize_(model, Int8WeightOnlyConfig())
-        low = model(images)
-        torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
         torch.testing.assert_close(compiled(images), low, rtol=1e-4, atol=1e-5)
         wider = images[..., :-6]  # another size, by the same weights
         torch.testing.assert_close(compiled(wider), model(wider), rtol=1e-4, atol=1e-5)
-    assert 0 < _drift(low, reference) < .15

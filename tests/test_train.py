@@ -183,6 +183,7 @@ def test_parameters_kept_at_zero_stay_there(train, data, tmp_path):
         train.train(train.parse_args(arguments(data, tmp_path / 'other', '--zero', 'posbias')))
 
 
+@pytest.mark.slow
 def test_torchrun(data, tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(SCRIPT)]
     subprocess.run([*command, *arguments(data, tmp_path, '--img-size', '16')], check=True, timeout=300)
