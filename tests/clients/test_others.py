@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 pytestmark = [
     pytest.mark.clients,
@@ -140,4 +141,16 @@ def test_the_example_of_class_activation_sees_a_cat(client, capsys, tmp_path):
     path = Path(__file__).parents[2] / 'examples' / 'class_activation.py'
     heat = runpy.run_path(str(path))['main'](['--out', str(tmp_path / 'cam.jpg')])
     assert 'photo.jpg: cat' in capsys.readouterr().out and (tmp_path / 'cam.jpg').stat().st_size > 5000
-    assert heat[40:110, 60:200].mean() > 2 * heat[110:, :60].mean()  # the eyes, and a corner
+    model = timm.create_model('test_crossformer', pretrained=True).eval()
+    config = timm.data.resolve_data_config(
+        {'input_size': (3, *heat.shape), 'crop_pct': 1., 'crop_mode': 'squash'}, model=model)
+    photo = timm.data.create_transform(**config)(Image.open(path.with_name('photo.jpg')).convert('RGB'))
+    order = torch.from_numpy(heat).flatten().argsort()
+
+    def probability_without(pixels):
+        blanked = photo.flatten(1).index_fill(1, pixels, 0.)
+        with torch.no_grad():
+            return model(blanked.view_as(photo)[None])[0].softmax(dim=0)[3]
+
+    fifth = len(order) // 5
+    assert probability_without(order[-fifth:]) < .8 * probability_without(order[:fifth])  # the lit part, and the dark
