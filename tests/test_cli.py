@@ -111,6 +111,8 @@ def test_group_size_option(text, expected):
 @pytest.mark.parametrize('argv', [
     [], ['unknown'], ['convert', 'x'], ['convert', 'a', 'b', '--group-size', 'x'],
     ['convert', 'a', 'b', '--interval', 'x'], ['convert', 'a', 'b', '--dtype', 'int8'],
+    ['export', 'x.onnx', '--model', 'test_crossformer', '--size=-5'],
+    ['export', 'x.onnx', '--model', 'test_crossformer', '--size', '8,8,8'],
 ], ids=' '.join)
 def test_wrong_usage_exits_with_2(capsys, argv):
     with pytest.raises(SystemExit) as e:
@@ -257,16 +259,13 @@ def test_attention_takes_any_size(capsys, photo, tmp_path, options, size):
 
 
 @pytest.mark.parametrize('options', [
-    ['--at', '1.1,0'], ['--at', '0.5'], ['--at', 'a,b'], [], ['--at', '0,0', '--size', '64', '--whole']], ids=' '.join)
+    ['--at', '1.1,0'], ['--at', '0.5'], ['--at', 'a,b'], [], ['--at', '0,0', '--size', '64', '--whole'],
+    ['--at', '0,0', '--size', '64,64,64'], ['--at', '0,0', '--size', '0'],
+], ids=' '.join)
 def test_attention_refuses_wrong_usage(capsys, photo, options):
     with pytest.raises(SystemExit) as e:
         cli.main(['attention', str(photo), *options])
     assert e.value.code == cli.USAGE and 'usage' in capsys.readouterr().err
-
-
-def test_attention_refuses_a_size_of_three_numbers(capsys, photo):
-    assert run(capsys, 'attention', photo, '--at', '0,0', '--size', '64,64,64')[0] == cli.USAGE
-    assert run(capsys, 'attention', photo, '--at', '0,0', '--size', '0')[0] == cli.USAGE
 
 
 def test_the_picture_of_attention_shows_weights_groups_and_the_token(monkeypatch):

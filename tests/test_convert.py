@@ -711,7 +711,7 @@ def test_groups_in_the_config_win_over_those_of_dense_plus_plus(groups, expected
         **{key: value for key, value in expected.items() if value != (4, 4, 14, 7)}})
 
 
-@pytest.mark.parametrize('damaged', ['hash', 'keys', 'nan', 'config', 'file', 'against'])
+@pytest.mark.parametrize('damaged', ['hash', 'keys', 'nan', 'config', 'file', 'against', 'classes'])
 def test_verify_finds_damage(damaged, official, tmp_path):
     source, out = tmp_path / 'source.pth', tmp_path / 'out'
     torch.save(official, source)
@@ -727,11 +727,23 @@ def test_verify_finds_damage(damaged, official, tmp_path):
         (out / 'config.json').write_text('{')
     elif damaged == 'against':
         torch.save({**official, 'norm.bias': official['norm.bias'] + 1e-3}, source)
+    elif damaged == 'classes':
+        fewer = {key: official[key][:5] for key in ('head.weight', 'head.bias')}
+        torch.save({**official, **fewer}, source)
     if damaged == 'file':
         (out / 'model.safetensors').unlink()
     elif damaged in ('hash', 'keys', 'nan'):
         save_file(weights, out / 'model.safetensors')
     assert not all(check['ok'] for check in verify_directory(out, source))
+
+
+def test_verify_compares_in_the_network_of_the_directory(tmp_path):
+    model = timm.create_model('test_crossformer', act_layer='relu', fit_groups=True, num_classes=3)
+    timm.models.save_for_hf(model, tmp_path / 'out', safe_serialization=True)
+    torch.save(model.state_dict(), tmp_path / 'own.pth')
+    checks = verify_directory(tmp_path / 'out', tmp_path / 'own.pth')
+    assert [c['check'] for c in checks if not c['ok']] == [] and checks[-1]['check'] == 'against'
+    assert 'outputs differ by 0 at most, 0 allowed' in checks[-1]['detail']
 
 
 def test_options_of_convert(official, tmp_path):

@@ -1,4 +1,7 @@
 """Files from hosts that behave as Google Drive and a bucket do."""
+import errno
+import http.client
+import ssl
 import sys
 import types
 
@@ -9,6 +12,8 @@ from timm_crossformer import download as downloads
 from timm_crossformer.download import FetchError, download, download_drive
 
 DATA = bytes(range(256)) * 5000
+PART = len(DATA) // 16
+READ = http.client.HTTPResponse.read
 
 
 @pytest.fixture
@@ -36,9 +41,8 @@ KINDS = pytest.mark.parametrize('kind', ['drive', 'plain'])
 
 @KINDS
 def test_a_file_arrives_whole(host, tmp_path, kind):
-    seen = []
-    path = get(host, tmp_path / 'x', kind, progress=seen.append, size=len(DATA))
-    assert path.read_bytes() == DATA and sum(seen) == len(DATA)
+    path = get(host, tmp_path / 'x', kind, size=len(DATA))
+    assert path.read_bytes() == DATA
     assert [p.name for p in tmp_path.iterdir()] == ['x'] and len(host.requests) == 1
 
 
@@ -62,9 +66,8 @@ def test_the_warning_page_is_answered_once(host, tmp_path, action):
 ], ids=str)
 def test_what_broke_off_is_taken_up_again(host, tmp_path, kind, faults, requests):
     faulty(host, *faults)
-    seen = []
-    assert get(host, tmp_path / 'x', kind, progress=seen.append).read_bytes() == DATA
-    assert len(host.requests) == requests and sum(seen) == len(DATA)
+    assert get(host, tmp_path / 'x', kind).read_bytes() == DATA
+    assert len(host.requests) == requests
     if faults[0] == 'cut':
         assert f' bytes={len(DATA) // 2}-' in host.requests[1]
 
@@ -152,12 +155,38 @@ def test_gdown_is_the_second_try(host, tmp_path, monkeypatch):
     assert download_drive('ID', tmp_path / 'y').read_bytes() == DATA and len(asked) == 2
 
 
-def test_an_interrupted_download_leaves_nothing(host, tmp_path):
-    def stop(count):
-        raise KeyboardInterrupt
+def failing_reads(monkeypatch, *errors):
+    """Have the answers of hosts fail, one after the other, once a part of the file is here."""
+    errors = list(errors)
+    begun = []
 
+    def partly(self, amount=None):
+        if errors and self in begun:
+            raise errors.pop(0)
+        begun.append(self)
+        return READ(self, PART if errors else amount)
+
+    monkeypatch.setattr(http.client.HTTPResponse, 'read', partly)
+
+
+@pytest.mark.parametrize('error', [
+    ssl.SSLError('bad record'), OSError(errno.EHOSTUNREACH, 'no route'), ConnectionResetError(), TimeoutError(),
+    http.client.IncompleteRead(b''),
+], ids=lambda error: type(error).__name__)
+def test_a_connection_that_fails_in_any_way_is_taken_up_again(host, tmp_path, monkeypatch, error):
+    failing_reads(monkeypatch, error)
+    assert get(host, tmp_path / 'x', 'plain').read_bytes() == DATA
+    assert len(host.requests) == 2 and f' bytes={PART}-' in host.requests[1]
+    failing_reads(monkeypatch, *[error] * downloads.TRIES)
+    with pytest.raises(FetchError, match=rf'the connection broke after \d+ bytes of {len(DATA)}, 5 times'):
+        get(host, tmp_path / 'y', 'plain')
+    assert [path.name for path in tmp_path.iterdir()] == ['x']
+
+
+def test_an_interrupted_download_leaves_nothing(host, tmp_path, monkeypatch):
+    failing_reads(monkeypatch, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        get(host, tmp_path / 'x', 'plain', progress=stop)
+        get(host, tmp_path / 'x', 'plain')
     assert not list(tmp_path.iterdir())
 
 

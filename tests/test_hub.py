@@ -207,7 +207,7 @@ def test_an_account_is_used_offline_once_its_file_is_here(server, monkeypatch, t
     assert not server.requests
 
 
-def test_pytorch_bin_is_taken_where_there_is_no_safetensors(server, directory, tmp_path):
+def test_pytorch_bin_is_taken_where_there_is_no_safetensors(server, directory, tmp_path, monkeypatch):
     weights = timm.create_model(f'local-dir:{directory}', pretrained=True).state_dict()
     torch.save(weights, tmp_path / 'pytorch_model.bin')
     server.repos[REPO] = {
@@ -216,6 +216,10 @@ def test_pytorch_bin_is_taken_where_there_is_no_safetensors(server, directory, t
     }
     model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
     assert torch.equal(model.norm.weight, weights['norm.weight'])
+    server.requests.clear()
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert torch.equal(model.norm.weight, weights['norm.weight']) and not server.requests
 
 
 @pytest.mark.slow

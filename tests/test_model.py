@@ -166,10 +166,13 @@ def test_gradients_are_those_of_finite_differences():
     (dict(global_pool='foo'), "`global_pool` is one of 'avg', 'max', "),
     (dict(depths=()), 'at least one block per stage, got ()'),
     (dict(depths=2), 'needs a sequence with at least one block per stage, got 2'),
-    (dict(head_dim=0), '`head_dim` needs at least 1 channel, got 0'),
+    (dict(head_dim=0), '`head_dim` needs whole numbers from 1 up, got 0'),
+    (dict(head_dim=16.), '`head_dim` needs whole numbers from 1 up, got 16.0'),
+    (dict(head_dim='a'), "`head_dim` needs whole numbers from 1 up, got 'a'"),
+    (dict(depths=(1, 1., 1, 1)), '`depths` needs whole numbers from 1 up, got 1.0'),
     (dict(drop_path_rate=1.), '`drop_path_rate` needs to be at least 0 and below 1, got 1.0'),
     (dict(interval=1.5), '`interval` needs whole numbers from 1 up, got 1.5'),
-    (dict(depths=(1, 0, 1, 1)), 'at least one block per stage'),
+    (dict(depths=(1, 0, 1, 1)), '`depths` needs whole numbers from 1 up, got 0'),
     (dict(embed_dim=8, num_heads=1), '`embed_dim` needs whole numbers from 16 up, got 8'),
     (dict(group_size=0), '`group_size` needs whole numbers from 1 up, got 0'),
     (dict(group_size=(7, 7, 7)), '`group_size` needs one entry per stage'),
@@ -198,6 +201,9 @@ def test_numbers_of_numpy_are_numbers():
     assert timm.create_model('test_crossformer', mlp_ratio=np.float32(2)).stages[0].blocks[0].mlp.fc1.out_features == 64
     assert timm.create_model('test_crossformer', num_classes=np.int64(5), interval=np.int64(2)).num_classes == 5
     assert json.dumps(plain_group_size('group_size', np.int64(7), (1, 1))) == '7'
+    one, eight = np.int64(1), np.int64(8)
+    model = timm.create_model('test_crossformer', embed_dim=2 * eight, head_dim=eight, depths=[one] * 4)
+    assert [stage['num_chs'] for stage in model.feature_info] == [16, 32, 64, 128]
     assert json.dumps(plain_group_size('group_size', (np.int64(7), (4, np.int64(5))), (1, 1))) == '[7, [[4, 5]]]'
 
 

@@ -270,6 +270,10 @@ def test_a_hash_in_the_manifest_is_held_to(host, tiny, monkeypatch):
 
 
 def test_cross_check(host, files, capsys, tmp_path):
+    faults = host.faults[drive_id(TINY)] = ['quota']
+    with pytest.raises(FetchError, match=r'drive: 127\.0\.0\.1.*quota'):
+        store.cross_check(TINY)
+    assert not faults and not (tmp_path / 'store').exists()
     assert cli.main(['fetch', TINY, '--cross-check']) == cli.OK
     out = capsys.readouterr().out
     lines = json.loads(out[out.index('{'):])
@@ -399,7 +403,9 @@ def test_a_killed_process_spoils_nothing(host, tiny, tmp_path):
     process.kill()
     process.wait()
     host.gate.set()
+    assert any('weights.pth' in path for path in left(tmp_path / 'store'))
     assert equal(timm.create_model(TINY, pretrained=True), tiny)
+    assert os.listdir(tmp_path / 'store') == [TINY]
 
 
 def test_list_says_where_weights_are(host, capsys):
@@ -420,7 +426,11 @@ def test_list_says_where_weights_are(host, capsys):
     (['fetch', 'crossformer_tiny.none'], cli.USAGE), (['fetch', 'resnet50'], cli.USAGE),
     (['fetch', TINY, FPN, '--from', 'x'], cli.USAGE),
     (['fetch', TINY, '--cross-check', '--source', 'drive'], cli.USAGE),
-    (['fetch', TINY, '--from', 'nothing.pth'], cli.REFUSED),
+    (['fetch', TINY, '--from', 'nothing.pth'], cli.REFUSED), (['fetch', 'crossformer_lucidrains'], cli.USAGE),
+    (['fetch', 'test_crossformer', '--from', 'x'], cli.REFUSED),
+    (['fetch', 'test_crossformer', '--source', 'hub'], cli.REFUSED),
+    (['fetch', 'crossformer_small.birder_arabian_peninsula_256', '--from', 'x'], cli.REFUSED),
+    (['fetch', 'crossformer_small.birder_arabian_peninsula_256', '--source', 'drive'], cli.REFUSED),
 ], ids=str)
 def test_wrong_usage_of_fetch(host, argv, code, capsys, tmp_path):
     assert cli.main(argv) == code

@@ -32,11 +32,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (ValueError, OSError, ImportError) as e:  # CheckpointError is a ValueError
         return _fail(str(e), REFUSED)
     except RuntimeError as e:
-        if not str(e).startswith(('Unknown model', 'Invalid pretrained tag')):  # timm's words
+        if not str(e).startswith(('Unknown model', 'Invalid pretrained tag', 'No weights')):  # timm's words, and ours
             raise
         return _fail(f'{e}. `timm-crossformer list` shows the names.', USAGE)
     except KeyboardInterrupt:
-        return _fail('interrupted, nothing was left behind', 130)
+        return _fail('interrupted', 130)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,6 +111,15 @@ def _numbers(text: str) -> Any:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
+def _height_width(text: str) -> Any:
+    """Parse 224, or 200,264: height and width, from 1 up."""
+    sides = _numbers(text)
+    pair = (sides, sides) if isinstance(sides, int) else sides
+    if len(pair) != 2 or min(pair) < 1:
+        raise argparse.ArgumentTypeError(f'a size is one number, or height and width, from 1 up; got {text}')
+    return pair
+
+
 def _add_list(subparsers: Any) -> None:
     parser = _command(subparsers, 'list', _list, 'List variants and published weights.')
     parser.add_argument('pattern', nargs='?', default='*', help='wildcard, as in timm.list_models')
@@ -168,7 +177,8 @@ def _fetch(args: argparse.Namespace) -> int:
                          f'{json.dumps(facts, indent=2)}')
         else:
             result = fetch(tag, args.source, args.file, args.force)
-            words = f'{result["tag"]}: {result["directory"] or "comes with the package"}'
+            place = result['directory'] or result.get('weights') or 'comes with the package'
+            words = f'{result["tag"]}: {place}'
             if result.get('digest'):
                 words += (f'\n  from {result["fetched_from"]} on {result["date"]}, {_size(result["source_size"])}, '
                           f'sha256 {result["source_sha256"]}\n  digest of the weights {result["digest"]}')
@@ -202,7 +212,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     dtype = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16, None: None}[args.dtype]
     source = Path(args.source)
-    with _progress(f'convert {source.name}', 3 * source.stat().st_size if source.is_file() else 0) as progress:
+    with _progress(f'convert {source.name}', 2 * source.stat().st_size if source.is_file() else 0) as progress:
         facts = convert_file(
             source,
             args.directory,
@@ -428,18 +438,15 @@ def _add_attention(subparsers: Any) -> None:
     _add_weights(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument('--whole', action='store_true', help='in its own size, not the resized centre')
-    size.add_argument('--size', type=_numbers, metavar='H,W', help='stretched to this height and width')
+    size.add_argument('--size', type=_height_width, metavar='H,W', help='stretched to this height and width')
     parser.add_argument('--out', metavar='PNG', help='picture to write: stages as rows, short and long distance beside')
 
 
 def _attention(args: argparse.Namespace) -> int:
     from .explain import attention_from, token_at
 
-    size = (args.size, args.size) if isinstance(args.size, int) else args.size
-    if size and (len(size) != 2 or min(size) < 1):
-        return _fail(f'--size is one number, or height and width, from 1 up; got {args.size}.', USAGE)
     model = _load(args)
-    read, mean, std = _reader(model, args.whole, size)
+    read, mean, std = _reader(model, args.whole, args.size)
     image = read(args.image)
     maps = attention_from(model, image[None], args.at)
     height, width = image.shape[1:]
@@ -485,7 +492,7 @@ def _add_export(subparsers: Any) -> None:
     parser.add_argument('--format', choices=('onnx', 'torch', 'openvino'), default='onnx', help='(default: onnx)')
     parser.add_argument('--features', action='store_true', help='export the pyramid instead of the classifier')
     parser.add_argument('--dynamic', action='store_true', help='leave batch, height and width open, from 33 px up')
-    parser.add_argument('--size', type=_numbers, default=(224, 224), metavar='H,W', help='the size if not --dynamic')
+    parser.add_argument('--size', type=_height_width, default=(224, 224), metavar='H,W', help='if not --dynamic')
     parser.add_argument('--verify', action='store_true', help='run the file against the model')
 
 
@@ -494,16 +501,13 @@ def _export(args: argparse.Namespace) -> int:
 
     from .export import PROBES, export_model, verify_exported
 
-    size = (args.size, args.size) if isinstance(args.size, int) else args.size
-    if len(size) != 2:
-        return _fail(f'--size is one number, or height and width; got {args.size}.', USAGE)
     pretrained = args.pretrained or args.model.startswith(('local-dir:', 'hf-hub:'))
     model = timm.create_model(args.model, pretrained=pretrained, features_only=args.features).eval()
     with _progress('export', 2 if args.verify else 1, unit='step') as progress:
-        traced = (230, 310) if args.dynamic else size  # of unlike sides, or they would be taken for one
+        traced = (230, 310) if args.dynamic else args.size  # of unlike sides, or they would be taken for one
         path = export_model(model, args.path, args.format, traced, args.dynamic)
         progress(1)
-        probes = PROBES if args.dynamic else [(1, *size)]
+        probes = PROBES if args.dynamic else [(1, *args.size)]
         differences = verify_exported(model, path, probes) if args.verify else {}
         progress(1)
     result = {

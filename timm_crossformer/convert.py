@@ -1,7 +1,7 @@
 """Read CrossFormer checkpoints of every origin, safely, and bring their keys into the form of `CrossFormer`.
 
-The only file that knows foreign key names. Everything that loads weights passes through `convert_state_dict`: the
-model's own `load_state_dict`, timm's `pretrained=True` and the command line.
+The only file that knows foreign key names. Whatever loads weights passes through `parse_state_dict` and `check_fit`;
+the model's own `load_state_dict` and timm's `pretrained=True` call both as `convert_state_dict`.
 """
 import math
 import re
@@ -161,6 +161,17 @@ class Checkpoint:
         """Infer constructor arguments from shapes. See `infer_arguments`."""
         return infer_arguments(self.state_dict)
 
+    def trained_groups(self, stages: int) -> Dict[str, Any]:
+        """Return the arguments for groups that the file itself names, of which no shape of a weight tells."""
+        groups: Dict[str, Any] = {}
+        if self.group_size is not None:
+            height, width = self.group_size
+            groups['group_size'] = height if height == width else (self.group_size,) * stages
+        for key, values in self.groups.items():
+            if len(values) == stages:
+                groups[key] = values[0] if len(set(values)) == 1 else values
+        return groups
+
     def variant(self) -> Tuple[str, Dict[str, Any]]:
         """Choose the variant that fits, and the arguments in which this checkpoint differs from it.
 
@@ -185,12 +196,7 @@ class Checkpoint:
             differing['in_chans'] = in_chans
         if self.origin == 'official' and self.dense and args['cooling']:
             differing.update(group_size=7, interval=(8, 4, 2, 1))
-        if self.group_size is not None and self.group_size != (7, 7):
-            height, width = self.group_size
-            differing['group_size'] = height if height == width else (self.group_size,) * len(args['depths'])
-        for key, values in self.groups.items():
-            if len(values) == len(args['depths']):
-                differing[key] = values[0] if len(set(values)) == 1 else values
+        differing.update(self.trained_groups(len(args['depths'])))
         for key, default_groups in (('group_size', 7), ('interval', (8, 4, 2, 1))):
             if differing.get(key) == VARIANTS[name].get(key, default_groups):
                 del differing[key]
@@ -639,13 +645,9 @@ def _adaptable(key: str, shape: Sequence[int], expected: Sequence[int]) -> bool:
 def _check_groups(parsed: Checkpoint, model: nn.Module) -> None:
     """Warn if weights meet other groups than the file says they have, which no shape of a weight would show."""
     depths: Any = getattr(model, 'depths', ())
-    trained: Dict[str, Any] = dict(parsed.groups)
-    if parsed.group_size is not None:
-        height, width = parsed.group_size
-        trained['group_size'] = height if height == width else [parsed.group_size] * len(depths)
-    for name, value in trained.items():
+    for name, value in parsed.trained_groups(len(depths)).items():
         given = getattr(model, name, None)
-        if given is None or (parsed.groups.get(name) and len(value) != len(depths)):
+        if given is None:
             continue
         spread = resolve_group_size if name == 'group_size' else lambda name, v, depths: per_stage(name, v, len(depths))
         if spread(name, value, depths) != spread(name, given, depths):

@@ -99,8 +99,8 @@ def _create_crossformer(
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict() if pretrained else {}
     published = tag_of(cfg)
     tag_args = TAG_ARGS.get(tag or '', {})
+    _check_arguments(variant, kwargs)
     if published:
-        _check_arguments(variant, kwargs)
         if find(published)['dense'] and not kwargs.get('features_only'):
             raise CheckpointError(
                 f'{published} is the backbone of a detector or segmenter, without final norm and classifier. Create it '
@@ -114,7 +114,6 @@ def _create_crossformer(
                 for name, value in facts['args'].items() if name in ('group_size', 'interval')}
     tag_args = {name: value for name, value in tag_args.items() if name not in kwargs}
     kwargs = {**VARIANTS[variant], **tag_args, **kwargs}
-    _check_arguments(variant, kwargs)
     depths = kwargs['depths']
     stages = len(depths) if isinstance(depths, (list, tuple)) else 0  # the model refuses anything else
     out_indices = kwargs.pop('out_indices', tuple(range(stages)))

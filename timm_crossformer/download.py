@@ -33,55 +33,38 @@ class FetchError(RuntimeError):
     """Weights that could not be fetched."""
 
 
-class PageError(FetchError):
-    """A page came where a file was asked for, and nobody knows what it wants."""
-
-
 class _Retry(Exception):
     """A failure that may pass."""
 
 
-def download(
-        url: str,
-        path: Path,
-        query: Optional[Mapping[str, str]] = None,
-        size: Optional[int] = None,
-        sha256: Optional[str] = None,
-        progress: Optional[Progress] = None,
-) -> Path:
+def download(url: str, path: Path, size: Optional[int] = None, sha256: Optional[str] = None) -> Path:
     """Fetch a file. It appears complete, synced to disk, or not at all; a connection that breaks is taken up again.
+
+    Shows a bar if stderr is a terminal.
 
     Args:
         url: http or https.
         path: File to write.
-        query: Parameters to add to the address.
         size: Bytes it must have, if known.
         sha256: Hash it must have, if known.
-        progress: Called with the number of bytes just received; None shows a bar if stderr is a terminal.
 
     Raises:
         FetchError: It cannot be had, or is not what was asked for. The message says which.
     """
-    return _Transfer(path, size, sha256, progress).run(_with_query(url, query or {}))
+    return _Transfer(path, size, sha256).run(_with_query(url, {}))
 
 
-def download_drive(
-        file_id: str,
-        path: Path,
-        size: Optional[int] = None,
-        sha256: Optional[str] = None,
-        progress: Optional[Progress] = None,
-) -> Path:
+def download_drive(file_id: str, path: Path, size: Optional[int] = None, sha256: Optional[str] = None) -> Path:
     """Fetch a public file of Google Drive, as `download` does.
 
-    The page that warns of files too large to scan for viruses is answered once. If Drive answers in another way and
-    the package gdown is installed, that tries next. The environment variable TIMM_CROSSFORMER_DRIVE_URL replaces
-    Drive's address.
+    The page that warns of files too large to scan for viruses is answered once. Whatever else prevents
+    the file, the package gdown tries next if it is installed. The environment variable TIMM_CROSSFORMER_DRIVE_URL
+    replaces Drive's address.
     """
     url = os.environ.get('TIMM_CROSSFORMER_DRIVE_URL') or DRIVE_URL
     try:
         query = {'id': file_id, 'export': 'download', 'confirm': 't'}
-        return _Transfer(path, size, sha256, progress, drive=True).run(_with_query(url, query))
+        return _Transfer(path, size, sha256, drive=True).run(_with_query(url, query))
     except FetchError as e:
         if importlib.util.find_spec('gdown') is None:
             raise
@@ -99,14 +82,13 @@ def _download_gdown(file_id: str, path: Path) -> None:
 
     if gdown.download(id=file_id, output=str(path), quiet=not sys.stderr.isatty(), use_cookies=False) is None:
         raise FetchError('it fetched nothing.')
-    _refuse_page(path)
 
 
 def _refuse_page(path: Path) -> None:
     with open(path, 'rb') as file:
         start = file.read(512).lstrip().lower()
     if start.startswith((b'<!doctype html', b'<html')):
-        raise PageError(f'A page came instead of a file: {_page_title(start)!r}.')
+        raise FetchError(f'A page came instead of a file: {_page_title(start)!r}.')
 
 
 def _with_query(url: str, query: Mapping[str, str]) -> str:
@@ -126,18 +108,10 @@ class _StaySafe(urllib.request.HTTPRedirectHandler):
 class _Transfer:
     """One file on its way: the bytes that are here already, and how often it was tried."""
 
-    def __init__(
-            self,
-            path: Path,
-            size: Optional[int],
-            sha256: Optional[str],
-            progress: Optional[Progress],
-            drive: bool = False,
-    ):
+    def __init__(self, path: Path, size: Optional[int], sha256: Optional[str], drive: bool = False):
         self.path, self.size, self.sha256, self.drive = path, size, sha256, drive
         self.partial = path.with_name(f'{path.name}.partial')
-        self.progress = progress
-        self.total = size
+        self.received, self.total = 0, size  # bytes
         self.tag: Optional[str] = None  # the host's name for this content
         self.opener = urllib.request.build_opener(  # proxies by environment
             _StaySafe(), urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
@@ -147,7 +121,7 @@ class _Transfer:
         host = urllib.parse.urlsplit(url).netloc
         self.partial.unlink(missing_ok=True)
         try:
-            with _bar(self) as self.progress:
+            with _bar(self) as self.show:
                 for attempt in range(TRIES):
                     try:
                         self._receive(url)
@@ -222,8 +196,6 @@ class _Transfer:
             begin, total = have, int(span[2]) if span[2] != '*' else None
         elif length.isdigit():
             total = int(length)
-        if have and not begin and self.progress:
-            self.progress(-have)
         self.tag = answer.headers.get('ETag')
         self.tag = None if self.tag and self.tag.startswith('W/') else self.tag
         if total is not None and (total > MAX_SIZE or (self.size is not None and total != self.size)):
@@ -231,24 +203,26 @@ class _Transfer:
             host = urllib.parse.urlsplit(answer.url).netloc
             raise FetchError(f'{host}: a file of {wanted} was expected, got {total}.')
         self.total = total
-        received = begin
+        self.received = begin
         with open(self.partial, 'ab' if begin else 'wb') as file:
             while True:
+                broken: Optional[Exception] = None
                 try:
                     chunk = answer.read(_CHUNK)
                 except http.client.IncompleteRead as e:
-                    file.write(e.partial)
-                    raise _Retry(f'the connection broke after {received + len(e.partial)} bytes of {total}') from e
-                if not chunk:
-                    break
+                    chunk, broken = e.partial, e
+                except OSError as e:  # reset, no route any more, a record of TLS that does not fit
+                    chunk, broken = b'', e
                 file.write(chunk)
-                received += len(chunk)
-                if self.progress:
-                    self.progress(len(chunk))
-                if received > MAX_SIZE:
+                self.received += len(chunk)
+                self.show()
+                if self.received > MAX_SIZE:
                     raise FetchError(f'The host sends more than {MAX_SIZE} bytes.')
-        if total is not None and received != total:
-            raise _Retry(f'the connection broke after {received} bytes of {total}')
+                if broken or not chunk:
+                    break
+        if broken or (total is not None and self.received != total):
+            of = '' if total is None else f' of {total}'
+            raise _Retry(f'the connection broke after {self.received} bytes{of}') from broken
 
 
 def _check(path: Path, size: Optional[int], sha256: Optional[str]) -> None:
@@ -334,7 +308,7 @@ def _page_error(page: str, url: str, drive: bool) -> FetchError:
     if drive and (re.search(r'access denied|you need access|need permission|sign in', title, re.I) or (
             'ServiceLogin' in address.path or host.startswith('accounts.'))):
         return FetchError(f'{host}: no permission to read the file ({title!r}).')
-    return PageError(f'{host}: a page came instead of a file: {title!r}.')
+    return FetchError(f'{host}: a page came instead of a file: {title!r}.')
 
 
 # ---- files
@@ -343,9 +317,12 @@ def _page_error(page: str, url: str, drive: bool) -> FetchError:
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold a lock between processes; the file is gone afterwards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process removed an empty folder meanwhile
+            continue
         _lock_handle(handle)
         try:
             if os.fstat(handle).st_ino == os.stat(path).st_ino:
@@ -387,20 +364,16 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _bar(transfer: _Transfer) -> Iterator[Optional[Progress]]:
-    """Yield what counts bytes: what the caller gave, or a line on stderr if that is a terminal."""
-    if transfer.progress is not None or not sys.stderr.isatty():
-        yield transfer.progress
-        return
-    received, shown = 0, 0.
+def _bar(transfer: _Transfer) -> Iterator[Callable[[], None]]:
+    """Yield what shows how much of a file is here, on a line of stderr if that is a terminal."""
+    shown = 0.
 
-    def show(count: int) -> None:
-        nonlocal received, shown
-        received += count
-        if time.monotonic() - shown > 0.2:
+    def show() -> None:
+        nonlocal shown
+        if sys.stderr.isatty() and time.monotonic() - shown > 0.2:
             shown = time.monotonic()
             of = f' of {transfer.total / 1e6:.0f}' if transfer.total else ''
-            sys.stderr.write(f'\r{transfer.path.name}: {received / 1e6:.0f}{of} MB')
+            sys.stderr.write(f'\r{transfer.path.name}: {transfer.received / 1e6:.0f}{of} MB')
             sys.stderr.flush()
 
     try:

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 import huggingface_hub
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -76,8 +76,8 @@ def fetch_weights(cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]] = N
         for filename in (cfg['hf_hub_filename'],) if cfg.get('hf_hub_filename') else _FETCHED:
             try:
                 return hub_file(name, filename, revision or None, cache_dir)
-            except EntryNotFoundError as e:
-                if isinstance(e, LocalEntryNotFoundError) or filename == _FETCHED[-1] or cfg.get('hf_hub_filename'):
+            except EntryNotFoundError:  # offline as well: what is not in the cache
+                if filename == _FETCHED[-1] or cfg.get('hf_hub_filename'):
                     raise
     return None
 
@@ -124,7 +124,7 @@ def _check_hash(path: Path, filename: str, wanted: List[str]) -> None:
 
 
 @contextmanager
-def explain_failure(cfg: Dict[str, Any], errors: Any = (FetchError, SafetensorError, OSError)) -> Iterator[None]:
+def explain_failure(cfg: Dict[str, Any], errors: Any = (SafetensorError, OSError)) -> Iterator[None]:
     """Turn whatever prevents weights from being fetched or read into one message with the remedy."""
     repo = _repository(cfg)
     try:
@@ -136,24 +136,22 @@ def explain_failure(cfg: Dict[str, Any], errors: Any = (FetchError, SafetensorEr
             if isinstance(e, SafetensorError):
                 raise CheckpointError(f'{cfg["file"]}: no intact safetensors file, {e}. Convert it again.') from e
             raise
-        if isinstance(e, FetchError) and 'Asked:' in str(e):
-            raise
         filename = cfg.get('hf_hub_filename') or WEIGHTS_NAME
         raise FetchError(
             f'{cfg.get("architecture") or "The model"} needs weights that could not be fetched.\n'
             f'  Asked:    {filename} of {repo} at {huggingface_hub.constants.ENDPOINT}\n'
-            f'  Happened: {_reason(e)}\n'
+            f'  Happened: {describe(e)}\n'
             'Either of these helps:\n'
             '  timm-crossformer convert FILE DIR   # a checkpoint you hold; then create_model("local-dir:DIR")\n'
-            f'  hf download {repo} {filename}   # try again by hand; its output says more\n'
+            f'  hf download {repo.replace("@", " --revision ")} {filename}   # by hand; its output says more\n'
             'Without `pretrained=True` the model starts from random weights.') from e
 
 
-def _reason(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Say what happened in a line: the error's first sentences, and those of its cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = ' '.join(lines[:3]).rstrip('.')
-    return reason if error.__cause__ is None else f'{reason} ({_reason(error.__cause__)})'
+    return reason if error.__cause__ is None else f'{reason} ({describe(error.__cause__)})'
 
 
 def convert_file(
@@ -176,7 +174,7 @@ def convert_file(
 ) -> Dict[str, Any]:
     """Convert a checkpoint file into a directory that timm and the Hub can load.
 
-    The directory appears complete or not at all.
+    A new directory appears complete or not at all; in an existing one files are replaced whole, the weights first.
 
     Args:
         source: Checkpoint file.
@@ -189,7 +187,7 @@ def convert_file(
         expected_sha256: Hash, or its beginning, that the source must have.
         license: Licence of the weights for the model card.
         overwrite: Replace the files of an existing directory.
-        progress: Called with the number of bytes just processed, three times the size of the source in all.
+        progress: Called with the number of bytes just processed, twice the size of the source in all.
         default_groups: Arguments for a checkpoint that does not name its groups itself.
         inspect: Called with what was read and its digest before anything is written; may refuse it by an error, and
             returns facts to be recorded with the others.
@@ -217,13 +215,12 @@ def convert_file(
     options = dict(
         group_size=group_size, lda_group_size=lda_group_size, interval=interval, lda_grouping=lda_grouping)
     options = {key: value for key, value in options.items() if value is not None}
-    in_file = any(len(values) == len(parsed.arguments()['depths']) for values in parsed.groups.values())
-    in_file = in_file or parsed.group_size is not None
+    in_file = bool(parsed.trained_groups(len(parsed.arguments()['depths'])))
     args.update({**({} if in_file else default_groups or {}), **options})
     dense = parsed.dense
     if num_classes is not None:
         _set_classes(parsed, args, num_classes)
-    net = create(name, device='meta', **args)
+    net = timm.create_model(name, device='meta', **args)
     check_fit(parsed, net, complete=not dense)
     digest = tensor_digest(parsed.state_dict)
     more = inspect(parsed, digest) if inspect is not None else {}
@@ -237,7 +234,7 @@ def convert_file(
             progress(source.stat().st_size)
         with ThreadPoolExecutor() as pool:
             syncing = pool.submit(sync, weights)
-            written_hash = sha256(weights, progress)
+            written_hash = sha256(weights)
             syncing.result()
         facts = {
             'model': name,
@@ -259,7 +256,7 @@ def convert_file(
             **more,
         }
         _write_config(net, temporary / CONFIG_NAME, parsed, facts, license)
-        (temporary / CARD_NAME).write_text(model_card(facts, directory.name, license), encoding='utf-8')
+        (temporary / CARD_NAME).write_text(model_card(facts, directory.resolve().name, license), encoding='utf-8')
     return dict(facts, directory=str(directory))
 
 
@@ -273,11 +270,6 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def create(name: str, **kwargs: Any) -> Any:
-    """Create a model with timm; whoever can call this has imported the package, so the variants are registered."""
-    return timm.create_model(name, **kwargs)
-
-
 def _variant(parsed: Checkpoint, model: Optional[str]) -> Tuple[str, Dict[str, Any]]:
     """Return variant and arguments; a variant that was named gets no arguments that change its weights."""
     name, args = parsed.variant()
@@ -285,7 +277,7 @@ def _variant(parsed: Checkpoint, model: Optional[str]) -> Tuple[str, Dict[str, A
         return name, args
     if model not in VARIANTS:
         raise CheckpointError(f'`model` is one of {", ".join(VARIANTS)}, got {model!r}.')
-    free = ('num_classes', 'in_chans', 'group_size', 'lda_group_size', 'interval', 'lda_grouping')
+    free = ('num_classes', 'in_chans', 'group_size', 'interval')
     return model, {key: value for key, value in args.items() if model == name or key in free}
 
 
@@ -432,7 +424,7 @@ def verify_directory(
     try:
         config = json.loads(config_path.read_text(encoding='utf-8'))
         recorded = (config.get('timm_crossformer') or {}).get('sha256')
-        net = create(f'local-dir:{directory}', device='meta')
+        net: Any = timm.create_model(f'local-dir:{directory}', device='meta')
     except Exception as e:  # a config may be wrong in any way
         check('config', False, f'{type(e).__name__}: {e}')
         return checks
@@ -451,7 +443,7 @@ def verify_directory(
     except CheckpointError as e:
         check('weights', False, str(e))
         return checks
-    net = create(f'local-dir:{directory}', pretrained=True).eval()
+    net = timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
     image = torch.rand(1, *net.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         output = net(image)
@@ -460,7 +452,7 @@ def verify_directory(
         check('photo', *_names_the_cat(net))
     if against is not None:
         try:
-            check('against', *_compare(net, parsed, image, output, Path(against)))
+            check('against', *_compare(directory, parsed, image, output, Path(against)))
         except CheckpointError as e:
             check('against', False, str(e))
     return checks
@@ -492,15 +484,13 @@ def _names_the_cat(net: Any) -> Tuple[bool, str]:
     return any(int(i) in _CATS for i in top.indices), f'a cat is shown, seen are {named}'
 
 
-def _compare(net: Any, parsed: Checkpoint, image: Tensor, output: Tensor, source: Path) -> Tuple[bool, str]:
-    """Compare weights and outputs with those of a source."""
+def _compare(directory: Path, parsed: Checkpoint, image: Tensor, output: Tensor, source: Path) -> Tuple[bool, str]:
+    """Compare weights and outputs with those of a source, in the directory's own network."""
     other = parse_state_dict(read_checkpoint(source))
-    name, args = _variant(other, net.pretrained_cfg['architecture'])
     if 'head.fc.weight' not in parsed.state_dict:
-        _set_classes(other, args, 0)
+        _set_classes(other, {}, 0)
     check_values(other)
-    groups = {key: getattr(net, key) for key in ('group_size', 'lda_group_size', 'interval', 'lda_grouping')}
-    reference = create(name, **{**args, **{k: v for k, v in groups.items() if v is not None}}).eval()
+    reference: Any = timm.create_model(f'local-dir:{directory}').eval()
     check_fit(other, reference, complete=not other.dense)
     reference.load_state_dict(other.state_dict, strict=not other.dense)
     dtype = next(iter(parsed.state_dict.values())).dtype
@@ -515,7 +505,7 @@ def _compare(net: Any, parsed: Checkpoint, image: Tensor, output: Tensor, source
     bound = 0. if all(t.dtype == dtype for t in other.state_dict.values()) else (
         8 * torch.finfo(dtype).eps * max(expected.abs().max().item(), 1.))
     detail = f'outputs differ by {difference:.3g} at most, {bound:.3g} allowed; {len(changed)} weights differ'
-    if other.group_size and tuple(net.stages[0].blocks[0].attn.group_size) != other.group_size:
+    if other.group_size and tuple(reference.stages[0].blocks[0].attn.group_size) != other.group_size:
         return False, f'{detail}; groups are not those of the source, {other.group_size}'
     return difference <= bound and not changed, detail
 
@@ -558,7 +548,7 @@ def push_directory(
         commit = api.create_commit(repo_id, operations, commit_message=f'Add {directory.name} by timm_crossformer')
     except Exception as e:  # the client's errors have many classes
         raise FetchError(
-            f'{repo_id} was not written at {huggingface_hub.constants.ENDPOINT}: {_reason(e)}. '
+            f'{repo_id} was not written at {huggingface_hub.constants.ENDPOINT}: {describe(e)}. '
             'Log in with `hf auth login`, and check that you may write there.') from e
     return dict(result, repo_id=repo_id, commit=str(commit.commit_url))
 
@@ -581,12 +571,12 @@ def load_model(model: Optional[str] = None, weights: Optional[Union[str, Path]] 
     if weights is None:
         if model is None:
             raise ValueError('A model needs a name or weights. Pass `--model` or `--weights`.')
-        return create(model, pretrained=True, **kwargs).eval()
+        return timm.create_model(model, pretrained=True, **kwargs).eval()
     weights = Path(weights)
     if weights.is_dir():
         if model is not None:
             raise ValueError('A directory of weights names its model itself. Leave `--model` out.')
-        return create(f'local-dir:{weights}', pretrained=True, **kwargs).eval()
+        return timm.create_model(f'local-dir:{weights}', pretrained=True, **kwargs).eval()
     parsed = parse_state_dict(read_checkpoint(weights))
     name, args = _variant(parsed, model)
     shown = parsed.arguments()
@@ -597,6 +587,6 @@ def load_model(model: Optional[str] = None, weights: Optional[Union[str, Path]] 
     cfg['input_size'] = (shown['in_chans'], *cfg.get('input_size', default.input_size)[1:])
     if parsed.dense and not kwargs.get('features_only'):
         raise CheckpointError(f'{weights} has no classifier. Use `features`, or weights of a classifier.')
-    net = create(name, pretrained=True, pretrained_cfg_overlay=cfg, **{**args, **kwargs}).eval()
+    net: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **{**args, **kwargs}).eval()
     net.pretrained_cfg.pop('state_dict', None)
     return net

@@ -4,7 +4,7 @@ Papers: CrossFormer (ICLR 2022, arXiv 2108.00154), CrossFormer++ (TPAMI 2023, ar
 Differences from the official code are listed in the README.
 """
 import contextlib
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union, cast
 
 import torch
@@ -171,23 +171,23 @@ class CrossFormer(nn.Module):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if not isinstance(depths, (list, tuple)) or len(depths) == 0 or min(depths) < 1:
+        if not isinstance(depths, (list, tuple)) or len(depths) == 0:
             raise ValueError(f'`depths` needs a sequence with at least one block per stage, got {depths}.')
+        check_whole('depths', depths, 1)
         depths = tuple(depths)
         stages = len(depths)
-        if isinstance(embed_dim, int):
+        if isinstance(embed_dim, Integral):
             embed_dim = [embed_dim * 2 ** i for i in range(stages)]
         dims: List[int] = per_stage('embed_dim', embed_dim, stages)
         heads = per_stage('num_heads', num_heads, stages)
         check_whole('embed_dim', dims, 16)
         check_whole('num_heads', heads, 1)
+        check_whole('head_dim', [] if head_dim is None else [head_dim], 1)
         for i, (dim, head) in enumerate(zip(dims, heads, strict=True)):
             if head_dim is None and dim % head:
                 raise ValueError(
                     f'`num_heads` must divide the channels of each stage, got {head} heads for {dim} channels in '
                     f'stage {i}. Change `num_heads` or `embed_dim`, or set `head_dim`.')
-            if head_dim is not None and head_dim < 1:
-                raise ValueError(f'`head_dim` needs at least 1 channel, got {head_dim}. Leave it out for dim / heads.')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'`drop_path_rate` needs to be at least 0 and below 1, got {drop_path_rate}.')
         if pos_bias not in ('paper', 'lucidrains'):
@@ -205,7 +205,7 @@ class CrossFormer(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.depths = depths
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2 ** i, module=f'stages.{i}') for i, dim in enumerate(dims)
         ]
@@ -349,10 +349,6 @@ class CrossFormer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
-    def init_non_persistent_buffers(self) -> None:
-        """Do nothing: there are no buffers."""
-
-    @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Name no parameter: as in the official recipe, all but biases and norms decay, position MLPs included."""
         return set()
@@ -446,7 +442,7 @@ class CrossFormer(nn.Module):
             self.norm = nn.Identity()
         self.stages = self.stages[:max_index + 1]
         if prune_end:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+            self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or prune_end:
             self.reset_classifier(0, '')
         return take_indices

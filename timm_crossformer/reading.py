@@ -37,9 +37,6 @@ class Foreign:
 
     __slots__ = ()
 
-    def __init__(self, *args: Any):
-        pass
-
 
 class _Storage:
     """Bytes of tensors: where they are, or what has been read of them."""

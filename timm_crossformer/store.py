@@ -19,8 +19,8 @@ import timm
 from safetensors.torch import load_file
 
 from .convert import Checkpoint, CheckpointError
-from .download import FetchError, Progress, download, download_drive, lock
-from .hub import CONFIG_NAME, WEIGHTS_NAME, convert_file, fetch_weights, hub_file, manifest
+from .download import FetchError, download, download_drive, lock
+from .hub import CONFIG_NAME, WEIGHTS_NAME, convert_file, describe, fetch_weights, hub_file, manifest
 from .variants import TAG_ARGS, VARIANTS
 
 __all__ = ['cross_check', 'fetch', 'find', 'places', 'stored', 'tag_of']
@@ -53,7 +53,7 @@ def find(tag: str) -> Dict[str, Any]:
     """Return the record of a tag.
 
     Raises:
-        RuntimeError: There is none, in timm's words.
+        RuntimeError: There is none; where timm has words for it, in timm's.
     """
     variant, _, name = tag.partition('.')
     records = manifest()
@@ -62,8 +62,9 @@ def find(tag: str) -> Dict[str, Any]:
     for record in records:
         if record['tag'] == tag:
             return record
-    raise RuntimeError(f'Invalid pretrained tag ({name}) for {variant}' if variant in VARIANTS else (
-        f'Unknown model ({variant})'))
+    if variant not in VARIANTS:
+        raise RuntimeError(f'Unknown model ({variant})')
+    raise RuntimeError(f'Invalid pretrained tag ({name}) for {variant}' if name else f'No weights for {variant}')
 
 
 def tag_of(cfg: Dict[str, Any]) -> Optional[str]:
@@ -94,8 +95,12 @@ def places(record: Dict[str, Any], cache_dir: Optional[PathLike] = None) -> List
     if any(source['kind'] == 'package' for source in record['sources']):
         return ['package']
     here = ['store'] if stored(record['tag'], cache_dir) else []
-    hosts = dict.fromkeys(source['kind'] for source in _with_account(record) if source['kind'] != 'browser')
-    return here + list(hosts) or ['browser']
+    return here + _hosts(record) or ['browser']
+
+
+def _hosts(record: Dict[str, Any]) -> List[str]:
+    """Return the kinds of sources of a record that can be asked."""
+    return list(dict.fromkeys(source['kind'] for source in _with_account(record) if source['kind'] in _FETCHERS))
 
 
 def _with_account(record: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -112,7 +117,6 @@ def fetch(
         file: Optional[PathLike] = None,
         force: bool = False,
         cache_dir: Optional[PathLike] = None,
-        progress: Optional[Progress] = None,
 ) -> Dict[str, Any]:
     """Bring a tag's weights into the store, unless they are there.
 
@@ -122,9 +126,8 @@ def fetch(
         tag: As in `timm-crossformer list`.
         source: The one kind of source to ask, 'hub', 'drive' or 'flowvision'; None asks all in turn.
         file: A checkpoint to take instead of asking anybody.
-        force: Fetch again what is there.
+        force: Fetch again what is in the store.
         cache_dir: Store to use.
-        progress: Called with the number of bytes just received.
 
     Returns:
         What is recorded of the weights: directory, source, hashes, sizes, date.
@@ -132,37 +135,36 @@ def fetch(
     Raises:
         FetchError: No source has them. The message says what each answered, and how to go on by hand.
         CheckpointError: What came is not what the tag stands for, or not what came before.
+        ValueError: The tag has no such source, or weights of its own that no file replaces.
     """
     record = find(tag)
     tag = record['tag']
-    if record['bundled']:
-        return {'tag': tag, 'directory': None, 'fetched_from': 'package'}
-    if record['origin'] == 'birder':
-        return _fetch_birder(record, cache_dir)
-    kinds = [entry['kind'] for entry in _with_account(record) if entry['kind'] != 'browser']
-    if source is not None and source not in kinds:
-        hosts = ', '.join(kinds) or 'no host'
-        raise ValueError(f'{tag} can be fetched from {hosts}, got {source!r}.{_by_hand(record)}')
+    hosts = _hosts(record)
+    if source is not None and source not in hosts:
+        known = ', '.join(hosts) or 'no host'
+        raise ValueError(f'{tag} can be fetched from {known}, got {source!r}.{_by_hand(record)}')
+    if record['bundled'] or record['origin'] == 'birder':
+        if file is not None:
+            raise ValueError(
+                f'{tag} stands for one published file, which needs no other in its place, got {str(file)!r}. '
+                '`timm-crossformer convert` makes a directory of a checkpoint.')
+        return _fetch_birder(record, cache_dir) if record['origin'] == 'birder' else {
+            'tag': tag, 'directory': None, 'fetched_from': 'package'}
     if not force and file is None:
         facts = stored(tag, cache_dir)
         if facts:
             return facts
     root = store_dir(cache_dir)
-    with _cleared(root), lock(root / f'.{tag}.lock'):
+    with _held(root, tag):
         facts = None if force or file is not None else stored(tag, cache_dir)
         if facts:
             return facts  # another process was first
         if file is not None:
             return _store(record, Path(file), {'fetched_from': 'file'}, root)
-        return _fetch_in_turn(record, source, root, progress)
+        return _fetch_in_turn(record, source, root)
 
 
-def _fetch_in_turn(
-        record: Dict[str, Any],
-        source: Optional[str],
-        root: Path,
-        progress: Optional[Progress],
-) -> Dict[str, Any]:
+def _fetch_in_turn(record: Dict[str, Any], source: Optional[str], root: Path) -> Dict[str, Any]:
     failures: List[str] = []
     refused = False
     offline = _is_offline()
@@ -171,7 +173,7 @@ def _fetch_in_turn(
             continue
         try:
             with _temporary(root, record['tag']) as folder:
-                path, address = _FETCHERS[entry['kind']](entry, folder, progress)
+                path, address = _FETCHERS[entry['kind']](entry, folder)
                 return _store(record, path, {'fetched_from': entry['kind'], 'address': address}, root)
         except OtherWeightsError:
             raise
@@ -184,26 +186,24 @@ def _fetch_in_turn(
     raise (RefusedError if refused else FetchError)(_failure(record, failures))
 
 
-def _from_hub(entry: Dict[str, Any], folder: Path, progress: Optional[Progress]) -> Tuple[Path, str]:
+def _from_hub(entry: Dict[str, Any], folder: Path) -> Tuple[Path, str]:
     repo, name = entry['id'], entry['file']
     try:
         return hub_file(repo, name, entry['revision']), f'{huggingface_hub.constants.ENDPOINT}/{repo}'
     except FetchError:
         raise
     except Exception as e:  # the client's errors have many classes
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        raise FetchError(f'{name} of {repo} at {huggingface_hub.constants.ENDPOINT}: {" ".join(lines[:3])}') from e
+        raise FetchError(f'{name} of {repo} at {huggingface_hub.constants.ENDPOINT}: {describe(e)}.') from e
 
 
-def _from_drive(entry: Dict[str, Any], folder: Path, progress: Optional[Progress]) -> Tuple[Path, str]:
-    path = download_drive(entry['id'], folder / 'weights.pth', entry['size'], entry['sha256'], progress)
+def _from_drive(entry: Dict[str, Any], folder: Path) -> Tuple[Path, str]:
+    path = download_drive(entry['id'], folder / 'weights.pth', entry['size'], entry['sha256'])
     return path, f'https://drive.google.com/file/d/{entry["id"]}/view'
 
 
-def _from_flowvision(entry: Dict[str, Any], folder: Path, progress: Optional[Progress]) -> Tuple[Path, str]:
+def _from_flowvision(entry: Dict[str, Any], folder: Path) -> Tuple[Path, str]:
     url = f'{(os.environ.get("TIMM_CROSSFORMER_FLOWVISION_URL") or FLOWVISION_URL).rstrip("/")}/{entry["name"]}'
-    path = download(url, folder / entry['name'], None, entry['size'], entry['sha256'], progress)
-    return path, url
+    return download(url, folder / entry['name'], entry['size'], entry['sha256']), url
 
 
 _FETCHERS: Dict[str, Callable[..., Tuple[Path, str]]] = {
@@ -235,7 +235,6 @@ def _store(record: Dict[str, Any], path: Path, origin: Dict[str, Any], root: Pat
         directory,
         model=variant,
         default_groups=TAG_ARGS.get(name),
-        license=None,
         overwrite=True,
         inspect=inspect,
     )
@@ -257,10 +256,11 @@ def _check_kind(record: Dict[str, Any], parsed: Checkpoint) -> None:
 
 def _fetch_birder(record: Dict[str, Any], cache_dir: Optional[PathLike]) -> Dict[str, Any]:
     cfg = timm.models.resolve_pretrained_cfg(*record['tag'].split('.')).to_dict()
-    return {'tag': record['tag'], 'directory': str(fetch_weights(cfg, cache_dir)), 'fetched_from': 'hub'}
+    weights = str(fetch_weights(cfg, cache_dir))
+    return {'tag': record['tag'], 'directory': None, 'weights': weights, 'fetched_from': 'hub'}
 
 
-def cross_check(tag: str, cache_dir: Optional[PathLike] = None, progress: Optional[Progress] = None) -> Dict[str, Any]:
+def cross_check(tag: str) -> Dict[str, Any]:
     """Fetch a tag from all its hosts, compare tensor by tensor, and return the sources with their hashes.
 
     Nothing is stored.
@@ -270,25 +270,23 @@ def cross_check(tag: str, cache_dir: Optional[PathLike] = None, progress: Option
         CheckpointError: The weights differ; the message says where.
     """
     record = find(tag)
-    hosts = [entry for entry in record['sources'] if entry['kind'] in ('drive', 'flowvision', 'hub')]
+    hosts = [entry for entry in record['sources'] if entry['kind'] in _FETCHERS]
     if len(hosts) < 2:
         raise FetchError(f'{tag} has no second host to compare with.')
     if _is_offline():
         raise FetchError(_failure(record, [f'{_OFFLINE}, so nothing was asked']))
-    root = store_dir(cache_dir)
-    root.mkdir(parents=True, exist_ok=True)
+    root = store_dir()
     sources, weights, digests = [], [], []
-    with _cleared(root), _temporary(root, record['tag']) as folder:
+    with _held(root, record['tag']), _temporary(root, record['tag']) as folder:
         for entry in hosts:
             try:
-                path, address = _FETCHERS[entry['kind']](entry, folder, progress)
+                path, address = _FETCHERS[entry['kind']](entry, folder)
             except FetchError as e:
                 raise FetchError(f'{record["tag"]}: {entry["kind"]}: {e}') from e
             facts = _store(record, path, {'fetched_from': entry['kind'], 'address': address}, folder / entry['kind'])
             sources.append(dict(entry, sha256=facts['source_sha256'], size=facts['source_size']))
             weights.append(load_file(facts['weights']))
             digests.append(facts['digest'])
-            path.unlink()
     for other, entry in zip(weights[1:], hosts[1:], strict=True):
         differing = [key for key, tensor in weights[0].items()
                      if tensor.dtype != other[key].dtype or not tensor.equal(other[key])]
@@ -309,11 +307,13 @@ def _failure(record: Dict[str, Any], failures: Sequence[str]) -> str:
 
 
 def _by_hand(record: Dict[str, Any]) -> str:
-    """Say how to go on with a browser."""
+    """Say how to go on with a browser, if there is a page to open."""
     pages = [
         f'  https://drive.google.com/file/d/{entry["id"]}/view' if entry['kind'] == 'drive' else
         f'  {entry["url"]}   # code {entry["code"]}'
         for entry in record['sources'] if entry['kind'] in ('drive', 'browser')]
+    if not pages:
+        return ''
     note = f'\n{record["notes"]}' if record['notes'] and 'link' in record['notes'] else ''
     return (
         f'\nOpen a page in a browser and save the file:\n{chr(10).join(pages)}{note}\nThen:\n'
@@ -337,19 +337,19 @@ def _is_offline() -> bool:
 
 @contextlib.contextmanager
 def _temporary(root: Path, tag: str) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=f'.{tag}.', dir=root))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{tag}.', dir=root, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @contextlib.contextmanager
-def _cleared(root: Path) -> Iterator[None]:
-    """Remove the store if nothing got into it."""
+def _held(root: Path, tag: str) -> Iterator[None]:
+    """Hold a tag of the store alone, cleared of what killed processes left; remove the store if nothing got into it."""
     new = not root.exists()
     try:
-        yield
+        with lock(root / f'.{tag}.lock'):
+            for left in root.glob(f'.{tag}.*/'):
+                shutil.rmtree(left, ignore_errors=True)
+            yield
     finally:
         if new:
             with contextlib.suppress(OSError):
