@@ -5,6 +5,7 @@ package: it enters the package without running its `__init__`, reads the command
 package as everybody else does.
 """
 import importlib.util
+import signal
 import sys
 from typing import Optional, Sequence
 
@@ -18,7 +19,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         from timm_crossformer.cli import build_parser
 
         build_parser().parse_args(argv)  # exits if that is all there is to do
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an error would, it leaves nothing half-written
+        # An import that is interrupted ends in a traceback of numpy's: until there is something to clear away, end.
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         spec.loader.exec_module(package)
+        signal.signal(signal.SIGINT, handler)
     from timm_crossformer import cli
 
     return cli.main(argv)

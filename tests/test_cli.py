@@ -1,5 +1,7 @@
 """The command line: data on stdout, notes on stderr, exit codes that mean something."""
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +134,31 @@ def test_failed_check_exits_with_1(capsys, converted, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes()[:-1])
     code, report = run_json(capsys, 'verify', tmp_path)
     assert code == cli.REFUSED and report['ok'] is False
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda folder, config: (folder / 'model.safetensors').unlink(), 'check of files: missing: model.safetensors'),
+    (lambda folder, config: config.pop('architecture'), 'check of config: KeyError'),
+    (lambda folder, config: config.update(model_args={'x': 1}), 'check of config: TypeError'),
+    (lambda folder, config: config.update(num_classes=9), 'check of weights: .* head.fc.bias'),
+    (lambda folder, config: config.clear(), 'check of config'),
+], ids=['no-weights', 'no-name', 'argument', 'classes', 'empty'])
+def test_a_damaged_directory_is_named(capsys, converted, photo, tmp_path, damage, message):
+    folder = shutil.copytree(converted, tmp_path / 'out')
+    config = json.loads((folder / 'config.json').read_text())
+    damage(folder, config)
+    (folder / 'config.json').write_text(json.dumps(config))
+    code, _, err = run(capsys, 'classify', photo, '--weights', folder)
+    assert code == cli.REFUSED and re.search(f'{folder} fails the {message}', err)
+
+
+@pytest.mark.parametrize('argv', [
+    ['classify', 'x', '--model', 'crossformer_lucidrains'], ['features', 'x', '--model', 'test_crossformer.untrained'],
+    ['export', 'x.onnx', '--model', 'crossformer_lucidrains', '--pretrained'],
+], ids=' '.join)
+def test_models_without_weights_are_wrong_usage(capsys, argv):
+    code, _, err = run(capsys, *argv)
+    assert code == cli.USAGE and 'list` shows the names that have weights' in err
 
 
 def test_absent_weights_exit_with_3(capsys, monkeypatch, photo):

@@ -164,6 +164,7 @@ CONTAINERS = {
     'compiled': lambda sd: {'model': {f'module._orig_mod.{key}': t for key, t in sd.items()}},
     'ema': lambda sd: {'model': {key: t * 0 for key, t in sd.items()}, 'model_ema': sd},
     'timm': lambda sd: {'state_dict': sd, 'arch': 'x', 'epoch': 1},
+    'averaged': lambda sd: {'n_averaged': torch.tensor(3), **{f'module.{key}': t for key, t in sd.items()}},
     'tables': lambda sd: {'model': {
         **sd,
         'layers.0.blocks.0.attn.biases': torch.ones(49, 2),
@@ -545,11 +546,14 @@ def test_rest_is_listed_in_order(official):
     (lambda sd: {**{f'a.{k}': v for k, v in sd.items()}, **{f'b.{k}': v for k, v in sd.items()}}, 'one CrossFormer'),
     (lambda sd: {f'x.{k}': v for k, v in sd.items() if 'blocks.0.norm1' not in k}, 'no checkpoint of a CrossFormer'),
     (lambda sd: {**sd, 'model': 3}, 'no place'),
+    (lambda sd: {'model': fresh(), 'epoch': 1}, 'a whole object under model. Save the state dict of the model'),
+    (lambda sd: {**sd, 'layers.0.blocks.0.mlp.fc1.weight': sd['layers.0.blocks.0.mlp.fc1.weight'].T},
+     r'It fits no variant: mlp_ratio=\(1\.0, '),
     (lambda sd: {**sd, 'norm.g': sd['norm.weight']}, 'one source, got two: norm.weight and norm.g'),
     (lambda sd: {}, 'no checkpoint of a CrossFormer'),
 ], ids=[
-    'integers', 'nan', 'text', 'rank', 'short', 'half-dense', 'hole', 'number-key', 'two', 'no-anchor', 'odd', 'twice',
-    'empty',
+    'integers', 'nan', 'text', 'rank', 'short', 'half-dense', 'hole', 'number-key', 'two', 'no-anchor', 'odd',
+    'whole', 'turned', 'twice', 'empty',
 ])
 def test_damaged_state_dicts(official, change, message):
     with pytest.raises(CheckpointError, match=message):
@@ -639,7 +643,7 @@ def test_refusal_names_what_the_file_wanted(tmp_path):
         read_checkpoint(tmp_path / 'evil.pth')
 
 
-@pytest.mark.parametrize('dtype', [None, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [None, torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_converted_directory_is_verified_and_loads(suffix, dtype, official, small, tmp_path):
     source = tmp_path / f'source{suffix}'
@@ -746,6 +750,15 @@ def test_verify_compares_in_the_network_of_the_directory(tmp_path):
     assert 'outputs differ by 0 at most, 0 allowed' in checks[-1]['detail']
 
 
+def test_names_of_classes_come_from_nobody_else(tmp_path):
+    for classes in (10, 3):
+        torch.save(timm.create_model('test_crossformer', num_classes=classes).state_dict(), tmp_path / 'own.pth')
+        convert_file(tmp_path / 'own.pth', tmp_path / f'{classes}')
+        assert 'label_names' not in (tmp_path / f'{classes}' / 'config.json').read_text()
+        for weights in ('own.pth', f'{classes}'):
+            assert not load_model(weights=tmp_path / weights).pretrained_cfg.get('label_names')
+
+
 def test_options_of_convert(official, tmp_path):
     torch.save(official, tmp_path / 's.pth')
     facts = convert_file(tmp_path / 's.pth', tmp_path / 'a', group_size=(3, 3, 3, 3), interval=2, num_classes=0)
@@ -757,6 +770,7 @@ def test_options_of_convert(official, tmp_path):
         (dict(model='crossformer_tiny'), 'crossformer_tiny'),
         (dict(model='resnet50'), 'is one of'),
         (dict(expected_sha256='00'), 'sha256'),
+        (dict(expected_sha256=''), 'sha256'),
         (dict(container='ema'), "under 'ema'"),
     ]:
         with pytest.raises(CheckpointError, match=message):

@@ -11,6 +11,7 @@ import torch
 from common import GROUPINGS, lively, noise, small
 
 import timm_crossformer
+from timm_crossformer import export
 from timm_crossformer.export import export_model, export_program, load_exported, verify_exported
 
 # What exporters and runtimes say of themselves and of each other.
@@ -90,7 +91,24 @@ def test_wrong_exports(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
     with pytest.raises(ImportError, match=r'Format onnx needs the package onnxscript\. Run `pip install'):
         export_model(small(), tmp_path / 'm.onnx', 'onnx')
+    with pytest.raises(ValueError, match=r'needs to be a CrossFormer of timm_crossformer, got ByobNet\.'):
+        export_model(timm.create_model('test_byobnet'), tmp_path / 'm.pt2', 'torch')
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    model = small().train()
+    model.stages[1].eval()
+    modes = [module.training for module in model.modules()]
+
+    def refuse(traced, *args):
+        assert not any(module.training for module in traced.modules())
+        raise ValueError('no')
+
+    monkeypatch.setattr(export, 'export_program', refuse)
+    with pytest.raises(ValueError, match='no'):
+        export_model(model, tmp_path / 'm.pt2', 'torch')
+    assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.skipif(

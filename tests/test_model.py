@@ -178,6 +178,7 @@ def test_gradients_are_those_of_finite_differences():
     (dict(group_size=(7, 7, 7)), '`group_size` needs one entry per stage'),
     (dict(group_size=(7, 7, [7, 7, 7], 7)), 'got [7, 7, 7] for stage 2 with 4 blocks'),
     (dict(group_size=(7, 7, 7, 2.5)), '`group_size` needs whole numbers'),
+    (dict(group_size=[[4, 8]] * 4), '`group_size`: two numbers in a list are one per block in a stage of two blocks'),
     (dict(lda_group_size=(0, 1, 1, 1)), '`lda_group_size` needs whole numbers'),
     (dict(interval=0), '`interval` needs whole numbers from 1 up, got 0'),
     (dict(lda_grouping='window'), "`lda_grouping` is one of map, region, grid, got 'window'"),
@@ -240,6 +241,7 @@ def test_group_size_forms():
         [(4, 4)] * 2, [(3, 5)] * 2, [(7, 7), (6, 6), (5, 5), (4, 4)], [(2, 2), (3, 3)]]
     assert sizes(group_size=7, lda_group_size=(8, 4, 2, 1))[2] == [(7, 7), (2, 2), (7, 7), (2, 2)]
     assert sizes(group_size=([[8, 10], [8, 10]], 7, 7, 7))[0] == [(8, 10), (8, 10)]
+    assert sizes(group_size=([8, 10], 7, 7, (8, 10)))[3] == [(8, 10), (8, 10)]
 
 
 def test_recorded_group_sizes_survive_json():

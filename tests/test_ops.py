@@ -277,6 +277,9 @@ CHANGES = {
     'hook': lambda block: block.mlp.fc1.register_forward_hook(lambda *args: None),
     'pre-hook': lambda block: block.attn.pos_bias.mlp[3].register_forward_pre_hook(lambda *args: None),
     'training': lambda block: block.attn.attn_drop.train(),
+    'block in training': lambda block: setattr(block, 'training', True),
+    'hook of the block': lambda block: block.register_forward_hook(lambda *args: None),
+    'forward of the block': lambda block: setattr(block, 'forward', torch.zeros_like),
 }
 
 
@@ -288,10 +291,25 @@ def test_whoever_replaces_or_watches_a_layer_gets_the_whole_map(change, monkeypa
         assert parts.goes_in_parts(blocks, x)
         CHANGES[change](blocks[1])
         assert not parts.goes_in_parts(blocks, x)
-    assert not parts.goes_in_parts(small().stages[0].blocks, x)  # gradients
+    blocks = small().stages[0].blocks
+    assert not parts.goes_in_parts(blocks, x)  # gradients
+    blocks.register_forward_hook(lambda *args: None)
+    with torch.no_grad():
+        assert not parts.goes_in_parts(blocks, x)
 
 
 # ---- convolutions
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_no_image_at_all(grad):
+    model = timm.create_model('test_crossformer', features_only=True)
+    with torch.set_grad_enabled(grad):
+        levels = model(torch.randn(0, 3, 64, 65))
+    assert [tuple(level.shape) for level in levels] == [(0, 32, 16, 17), (0, 48, 8, 9), (0, 64, 4, 5), (0, 96, 2, 3)]
+    if grad:
+        sum(level.sum() for level in levels).backward()
+        assert not any(p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize('kernel', [4, 8, 16, 32])

@@ -403,9 +403,29 @@ def test_a_killed_process_spoils_nothing(host, tiny, tmp_path):
     process.kill()
     process.wait()
     host.gate.set()
-    assert any('weights.pth' in path for path in left(tmp_path / 'store'))
+    assert any(path.is_dir() for path in (tmp_path / 'store').iterdir())
     assert equal(timm.create_model(TINY, pretrained=True), tiny)
     assert os.listdir(tmp_path / 'store') == [TINY]
+
+
+def test_damage_in_the_store_is_found(host, tiny, tmp_path, capsys):
+    path = tmp_path / 'store' / TINY / 'model.safetensors'
+    timm.create_model(TINY, pretrained=True)
+    path.write_bytes(path.read_bytes()[:-1] + b'x')
+    for fetch in (lambda: store.fetch(TINY), lambda: timm.create_model(TINY, pretrained=True)):
+        with pytest.raises(CheckpointError, match=rf'is damaged: its sha256.*`timm-crossformer fetch {TINY} --force`'):
+            fetch()
+    assert cli.main(['fetch', TINY, '--force']) == cli.OK
+    assert equal(timm.create_model(TINY, pretrained=True), tiny)
+
+
+def test_a_store_that_cannot_be_written_is_named(host, tmp_path, monkeypatch):
+    (tmp_path / 'store').touch()
+    for root in (tmp_path / 'store', tmp_path / 'store' / 'inside'):
+        monkeypatch.setenv('TIMM_CROSSFORMER_CACHE', str(root))
+        with pytest.raises(FetchError, match=rf'store that can be written, got {root}: .*TIMM_CROSSFORMER_CACHE'):
+            timm.create_model(TINY, pretrained=True)
+    assert not host.requests
 
 
 def test_list_says_where_weights_are(host, capsys):

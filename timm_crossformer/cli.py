@@ -32,9 +32,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (ValueError, OSError, ImportError) as e:  # CheckpointError is a ValueError
         return _fail(str(e), REFUSED)
     except RuntimeError as e:
-        if not str(e).startswith(('Unknown model', 'Invalid pretrained tag', 'No weights')):  # timm's words, and ours
+        words = ('Unknown model', 'Invalid pretrained tag', 'No weights', 'No pretrained weights')  # timm's, and ours
+        if not str(e).startswith(words):
             raise
-        return _fail(f'{e}. `timm-crossformer list` shows the names.', USAGE)
+        told = str(e).partition('. ')[0]
+        return _fail(f'{told}. `timm-crossformer list` shows the names that have weights.', USAGE)
     except KeyboardInterrupt:
         return _fail('interrupted', 130)
 
@@ -301,7 +303,7 @@ def _add_images(parser: Any) -> None:
 
 
 def _add_weights(parser: Any) -> None:
-    parser.add_argument('--model', metavar='NAME', help='as for timm.create_model (default: inferred)')
+    parser.add_argument('--model', metavar='NAME', help='as for timm.create_model; with a checkpoint file, the variant')
     parser.add_argument('--weights', metavar='PATH', help='checkpoint file or converted directory')
 
 

@@ -38,7 +38,14 @@ def resolve_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> Li
         ValueError: A wrong number of entries, or a size below 1.
     """
     sizes = []
-    for stage, (entry, depth) in enumerate(zip(per_stage(name, value, len(depths)), depths, strict=True)):
+    entries = per_stage(name, value, len(depths))
+    listed = {
+        depth for entry, depth in zip(entries, depths, strict=True) if isinstance(entry, list) and _is_pair(entry)}
+    if 2 in listed and len(listed) > 1:
+        raise ValueError(
+            f'`{name}`: two numbers in a list are one per block in a stage of two blocks, and (height, width) in '
+            f'another; got both in {value}. Write (height, width) as a tuple, or a list with one entry per block.')
+    for stage, (entry, depth) in enumerate(zip(entries, depths, strict=True)):
         if not isinstance(entry, (list, tuple)):
             blocks = [entry] * depth
         elif len(entry) == 2 and (depth != 2 or isinstance(entry, tuple)) and _is_pair(entry):

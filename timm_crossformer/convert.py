@@ -24,6 +24,7 @@ from .variants import VARIANTS
 __all__ = ['Checkpoint', 'CheckpointError', 'convert_state_dict', 'parse_state_dict', 'read_checkpoint']
 
 _SHOWN = 20  # keys an error lists before it only counts
+_COUNTER = 'n_averaged'  # torch.optim.swa_utils.AveragedModel keeps it beside the weights
 _MAX_KEYS = 100_000  # of a checkpoint; the largest CrossFormer in a detector with optimizer has a few thousand
 
 # Where containers keep weights, the preferred first. As in timm, an exponential moving average wins; but where mmengine
@@ -292,6 +293,11 @@ def parse_state_dict(
     state_dict, container = _open_container(checkpoint, container)
     found = _find(state_dict)
     if not found:
+        whole = [key for key in CONTAINER_KEYS if isinstance(state_dict.get(key), (Foreign, nn.Module))]
+        if whole:
+            raise CheckpointError(
+                f'A checkpoint needs a state dict, got a whole object under {_listed(whole)}. Save the state dict of '
+                'the model, not the model.')
         raise CheckpointError(
             f'This is no checkpoint of a CrossFormer: its {len(state_dict)} keys are {_listed(state_dict)}. '
             'Official, vit-pytorch, birder and timm_crossformer checkpoints with their stem can be read.')
@@ -313,6 +319,8 @@ def parse_state_dict(
     rest: List[str] = []
     twice: List[str] = []
     for key, tensor in state_dict.items():
+        if key == _COUNTER:
+            continue
         if not key.startswith(prefix):
             (result.left_out if in_detector else rest).append(key)
             continue
@@ -404,7 +412,8 @@ def is_foreign(state_dict: Mapping[str, Any], model: nn.Module) -> bool:
     if not isinstance(state_dict, Mapping):
         return False
     if _ANCHORS['native'] in state_dict:
-        return any(key.startswith('stages.' if _is_pyramid(model) else 'stages_') for key in state_dict)
+        theirs = 'stages.' if _is_pyramid(model) else 'stages_'
+        return any(key.startswith(theirs) or key == _COUNTER for key in state_dict)
     return any(isinstance(state_dict.get(key), Mapping) for key in CONTAINER_KEYS) or bool(_find(state_dict))
 
 
@@ -625,7 +634,9 @@ def check_values(parsed: Checkpoint) -> None:
         CheckpointError: Some are not.
     """
     # A finite sum needs finite values and is quick to have; fp16 may overflow, so only then are values looked at.
-    infinite = [parsed.source_keys[key] for key, tensor in parsed.state_dict.items()
+    # fp8 has neither.
+    wide = ((key, tensor.float() if tensor.element_size() < 2 else tensor) for key, tensor in parsed.state_dict.items())
+    infinite = [parsed.source_keys[key] for key, tensor in wide
                 if not tensor.is_meta and not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all()]
     if infinite:
         raise CheckpointError(
@@ -678,8 +689,11 @@ def _hint(parsed: Checkpoint, model: Optional[nn.Module]) -> str:
         acl = cooled and not _name(model).startswith('crossformer_pp_')
         reason = 'It holds amplitude cooling layers (ACL)' if acl else 'It is of another variant'
         return f' {reason}: try {" or ".join(fitting)}.'
-    return (f' It fits no variant: embed_dim={args["embed_dim"]}, depths={args["depths"]}, '
-            f'num_heads={args["num_heads"]}. Create the model with these arguments, or fetch the checkpoint again.')
+    own = _own_architecture(model) or {}
+    args = {key: value for key, value in args.items() if key in ('embed_dim', 'depths', 'num_heads') or own.get(
+        key, value) != value}
+    told = ', '.join(f'{key}={value}' for key, value in args.items() if own.get(key) != value)
+    return f' It fits no variant: {told}. Create the model with these arguments, or fetch the checkpoint again.'
 
 
 def _architecture(args: Mapping[str, Any]) -> Dict[str, Any]:

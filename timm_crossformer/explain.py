@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Sequence, Tuple, cast
 import torch
 from torch import Tensor, nn
 
+from ._modes import evaluating
 from .layers.attention import GroupAttention
 from .model import CrossFormerStage
 from .ops.cpu import promote
@@ -60,9 +61,7 @@ def attention_from(model: nn.Module, image: Tensor, at: Sequence[float]) -> List
         maps[stage].append(_weights_of(attn, qkv, table, tokens[stage]))
 
     with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, 'training', module.training)
-            module.training = False
+        stack.enter_context(evaluating(model))
         for attn in stage_of:
             for part, hook in ((attn.qkv, keep), (attn.pos_bias, keep), (attn, weigh)):
                 stack.callback(part.register_forward_hook(hook).remove)

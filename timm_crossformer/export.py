@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ._modes import evaluating
+from .layers import CrossScaleEmbed
+
 FORMATS = {'onnx': '.onnx', 'torch': '.pt2', 'openvino': '.xml'}
 _NEEDS = {'onnx': ('onnx', 'onnxscript'), 'torch': (), 'openvino': ('onnx', 'onnxscript', 'openvino')}
 _RUNS = {'onnx': ('onnxruntime',), 'torch': (), 'openvino': ('openvino',)}
@@ -70,7 +73,8 @@ def export_model(
     if path.suffix != FORMATS[format]:
         raise ValueError(f'A file of format {format} ends in {FORMATS[format]}, got {path.name}.')
     _require(format, _NEEDS[format])
-    program = export_program(model.eval(), size, dynamic)
+    with evaluating(model):
+        program = export_program(model, size, dynamic)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.export-') as folder:
         target = Path(folder) / path.name
@@ -146,7 +150,12 @@ def verify_exported(
 
 
 def _channels(model: Any) -> int:
-    return model.stem.in_chans
+    stem = getattr(model, 'stem', None)
+    if not isinstance(stem, CrossScaleEmbed):
+        raise ValueError(
+            f'`model` needs to be a CrossFormer of timm_crossformer, got {type(model).__name__}. Others export by '
+            "timm's own onnx_export.py, or torch.export.")
+    return stem.in_chans
 
 
 def _as_list(outputs: Any) -> List[Tensor]:

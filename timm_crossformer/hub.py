@@ -208,9 +208,9 @@ def convert_file(
         parsed = parse_state_dict(read_checkpoint(source), container)
         check_values(parsed)
         source_hash = hashing.result() if hashing else ''
-    if expected_sha256 and not source_hash.startswith(expected_sha256.lower()):
+    if expected_sha256 is not None and not (expected_sha256 and source_hash.startswith(expected_sha256.lower())):
         raise CheckpointError(
-            f'{source} needs a sha256 beginning with {expected_sha256}, got {source_hash}. Fetch it again.')
+            f'{source} needs a sha256 beginning with {expected_sha256!r}, got {source_hash}. Fetch it again.')
     name, args = _variant(parsed, model)
     options = dict(
         group_size=group_size, lda_group_size=lda_group_size, interval=interval, lda_grouping=lda_grouping)
@@ -352,6 +352,7 @@ def _write_config(net: Any, path: Path, parsed: Checkpoint, facts: Dict[str, Any
     config = json.loads(path.read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)
     config['pretrained_cfg'].pop('tag', None)
+    config['pretrained_cfg'].pop('label_names', None)  # of the variant's own weights
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 
@@ -458,6 +459,14 @@ def verify_directory(
     return checks
 
 
+def _check_directory(directory: Path) -> None:
+    """Raise CheckpointError with the first check that a directory fails."""
+    for check in verify_directory(directory, photo=False):  # others have 1000 classes, too
+        if not check['ok']:
+            raise CheckpointError(
+                f'{directory} fails the check of {check["check"]}: {check["detail"].rstrip(".")}. Convert it again.')
+
+
 _CATS = range(281, 286)  # ImageNet-1k's classes of domestic cats
 
 
@@ -532,10 +541,7 @@ def push_directory(
         FetchError: The Hub refused, or cannot be reached.
     """
     directory = Path(directory)
-    failed = [c for c in verify_directory(directory, photo=False) if not c['ok']]  # others have 1000 classes, too
-    if failed:
-        raise CheckpointError(
-            f'{directory} fails the check of {failed[0]["check"]}: {failed[0]["detail"]}. Convert it again.')
+    _check_directory(directory)
     files = [path for path in (directory / n for n in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)) if path.is_file()]
     result: Dict[str, Any] = {
         'repo_id': repo_id, 'files': {path.name: path.stat().st_size for path in files}, 'commit': None}
@@ -576,13 +582,16 @@ def load_model(model: Optional[str] = None, weights: Optional[Union[str, Path]] 
     if weights.is_dir():
         if model is not None:
             raise ValueError('A directory of weights names its model itself. Leave `--model` out.')
-        return timm.create_model(f'local-dir:{weights}', pretrained=True, **kwargs).eval()
+        try:
+            return timm.create_model(f'local-dir:{weights}', pretrained=True, **kwargs).eval()
+        except Exception:  # a directory may be wrong in any way
+            _check_directory(weights)
+            raise
     parsed = parse_state_dict(read_checkpoint(weights))
     name, args = _variant(parsed, model)
     shown = parsed.arguments()
     cfg = dict(state_dict=parsed.state_dict, num_classes=shown['num_classes'], **parsed.pretrained_cfg)
-    if parsed.label_names:
-        cfg['label_names'] = tuple(parsed.label_names)
+    cfg['label_names'] = tuple(parsed.label_names) if parsed.label_names else None  # not those of the variant's weights
     default = timm.models.resolve_pretrained_cfg(name)
     cfg['input_size'] = (shown['in_chans'], *cfg.get('input_size', default.input_size)[1:])
     if parsed.dense and not kwargs.get('features_only'):

@@ -19,7 +19,7 @@ import timm
 from safetensors.torch import load_file
 
 from .convert import Checkpoint, CheckpointError
-from .download import FetchError, download, download_drive, lock
+from .download import FetchError, download, download_drive, hash_file, lock
 from .hub import CONFIG_NAME, WEIGHTS_NAME, convert_file, describe, fetch_weights, hub_file, manifest
 from .variants import TAG_ARGS, VARIANTS
 
@@ -82,6 +82,15 @@ def stored(tag: str, cache_dir: Optional[PathLike] = None) -> Optional[Dict[str,
     if not facts or not weights.is_file() or weights.stat().st_size != facts.get('size'):
         return None
     return dict(facts, weights=str(weights), directory=str(directory))
+
+
+def _check_stored(facts: Dict[str, Any]) -> None:
+    """Raise CheckpointError if weights in the store are no longer what was put there."""
+    got = hash_file(facts['weights'])
+    if got != facts['sha256']:
+        raise CheckpointError(
+            f'{facts["weights"]} is damaged: its sha256 is {got}, it was stored with {facts["sha256"]}. Fetch it again '
+            f'by `timm-crossformer fetch {facts["tag"]} --force`.')
 
 
 def _recorded(directory: Path) -> Dict[str, Any]:
@@ -153,6 +162,7 @@ def fetch(
     if not force and file is None:
         facts = stored(tag, cache_dir)
         if facts:
+            _check_stored(facts)
             return facts
     root = store_dir(cache_dir)
     with _held(root, tag):
@@ -346,7 +356,13 @@ def _held(root: Path, tag: str) -> Iterator[None]:
     """Hold a tag of the store alone, cleared of what killed processes left; remove the store if nothing got into it."""
     new = not root.exists()
     try:
-        with lock(root / f'.{tag}.lock'):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lock(root / f'.{tag}.lock'))
+            except OSError as e:
+                raise FetchError(
+                    f'{tag} needs a store that can be written, got {root}: {e.strerror or e}. Name another folder by '
+                    '`cache_dir` or TIMM_CROSSFORMER_CACHE.') from e
             for left in root.glob(f'.{tag}.*/'):
                 shutil.rmtree(left, ignore_errors=True)
             yield

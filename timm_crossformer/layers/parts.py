@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.grouping import Layout
 from .attention import GroupAttention
 from .block import CrossFormerBlock
-from .plain import is_eager_inference, is_plain
+from .plain import is_eager_inference, is_plain, is_watched
 from .position_bias import DynamicPosBias, OffsetLinear
 
 # Numbers of a map in a part, 2 MiB in fp32 and four times as much within the MLP: above 32 MiB glibc maps fresh pages
@@ -32,8 +32,8 @@ def goes_in_parts(blocks: nn.Sequential, x: Tensor) -> bool:
         return False
     if x.numel() <= 2 * _PART:  # two parts are not worth their overhead
         return False
-    return all(
-        type(block) is CrossFormerBlock and all(
+    return type(blocks) is nn.Sequential and not is_watched(blocks) and all(
+        type(block) is CrossFormerBlock and not block.training and not is_watched(block) and all(
             is_plain(part, _TOKENWISE) for name, part in block.named_children() if name != 'cooling')
         for block in blocks)
 

@@ -24,7 +24,7 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride: int,
         pass
     elif torch.is_grad_enabled():
         sides = kernel, x.shape[2] + 2 * padding, x.shape[3] + 2 * padding
-        if x.shape[1] < _FEW_CHANNELS and all(side % stride == 0 for side in sides):
+        if x.shape[0] > 0 and x.shape[1] < _FEW_CHANNELS and all(side % stride == 0 for side in sides):
             blocks = F.pixel_unshuffle(F.pad(x, [padding] * 4), stride)
             return F.conv2d(blocks, F.pixel_unshuffle(weight, stride), bias)
     elif not torch.compiler.is_compiling() and weight.numel() > _MANY_WEIGHTS * x.numel() > 0:
