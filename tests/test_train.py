@@ -205,5 +205,4 @@ def test_bundled_weights_are_those_that_were_measured():
     assert metric['value'] == float(row['accuracy'])
     assert metric['dataset'].startswith(row['data'])
     assert row['images'] == '10000'
-    fourth, fifth = (float(rows_of(folder)[-1]['accuracy']) for folder in (results / 'fourth', results))
-    assert fifth < metric['value'] < fourth  # a mean of the weights of both
+    assert metric['value'] == pytest.approx(float(rows_of(results)[-1]['accuracy']), abs=.1)  # there in 32 bits
