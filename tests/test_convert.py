@@ -772,6 +772,15 @@ def test_names_of_classes_come_from_nobody_else(tmp_path):
             assert not load_model(weights=tmp_path / weights).pretrained_cfg.get('label_names')
 
 
+def test_the_card_has_the_name_of_the_folder(official, tmp_path, monkeypatch):
+    torch.save(official, tmp_path / 's.pth')
+    (tmp_path / 'mine').mkdir()
+    monkeypatch.chdir(tmp_path / 'mine')
+    convert_file(tmp_path / 's.pth', '.')
+    card = Path('README.md').read_text()
+    assert '\n# mine\n' in card and "'hf-hub:OWNER/mine'" in card
+
+
 def test_options_of_convert(official, tmp_path):
     torch.save(official, tmp_path / 's.pth')
     facts = convert_file(tmp_path / 's.pth', tmp_path / 'a', group_size=(3, 3, 3, 3), interval=2, num_classes=0)
