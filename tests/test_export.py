@@ -1,4 +1,5 @@
 """One graph for every size: torch.export, ONNX, OpenVINO, torch.compile."""
+import copy
 import json
 import os
 import subprocess
@@ -109,6 +110,15 @@ def test_an_export_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='no'):
         export_model(model, tmp_path / 'm.pt2', 'torch')
     assert [module.training for module in model.modules()] == modes
+
+
+def test_a_file_is_verified_against_the_model_in_evaluation(monkeypatch):
+    model = lively(small(drop_rate=.5))
+    exported = copy.deepcopy(model).eval()
+    monkeypatch.setattr(export, 'load_exported', lambda path: torch.no_grad()(lambda x: [exported(x)]))
+    for mode in (False, True):
+        assert set(verify_exported(model.train(mode), 'm.pt2', [(2, 64, 64), (1, 40, 33)]).values()) == {0.}
+        assert model.training == mode
 
 
 @pytest.mark.skipif(

@@ -689,10 +689,9 @@ def _hint(parsed: Checkpoint, model: Optional[nn.Module]) -> str:
         acl = cooled and not _name(model).startswith('crossformer_pp_')
         reason = 'It holds amplitude cooling layers (ACL)' if acl else 'It is of another variant'
         return f' {reason}: try {" or ".join(fitting)}.'
-    own = _own_architecture(model) or {}
-    args = {key: value for key, value in args.items() if key in ('embed_dim', 'depths', 'num_heads') or own.get(
-        key, value) != value}
-    told = ', '.join(f'{key}={value}' for key, value in args.items() if own.get(key) != value)
+    own = _own_architecture(model)
+    shown = [key for key in own if args[key] != own[key]] if own else ['embed_dim', 'depths', 'num_heads']
+    told = ', '.join(f'{key}={args[key]}' for key in shown)
     return f' It fits no variant: {told}. Create the model with these arguments, or fetch the checkpoint again.'
 
 

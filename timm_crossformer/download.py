@@ -57,9 +57,8 @@ def download(url: str, path: Path, size: Optional[int] = None, sha256: Optional[
 def download_drive(file_id: str, path: Path, size: Optional[int] = None, sha256: Optional[str] = None) -> Path:
     """Fetch a public file of Google Drive, as `download` does.
 
-    The page that warns of files too large to scan for viruses is answered once. Whatever else prevents
-    the file, the package gdown tries next if it is installed. The environment variable TIMM_CROSSFORMER_DRIVE_URL
-    replaces Drive's address.
+    The page that warns of files too large to scan for viruses is answered once. Where no file comes, the package gdown
+    tries next if it is installed. The environment variable TIMM_CROSSFORMER_DRIVE_URL replaces Drive's address.
     """
     url = os.environ.get('TIMM_CROSSFORMER_DRIVE_URL') or DRIVE_URL
     try:

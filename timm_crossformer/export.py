@@ -142,7 +142,7 @@ def verify_exported(
     for probe in probes:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(probe[0], _channels(model), *probe[1:], generator=generator)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             expected = _as_list(model(x))
         differences[probe] = max(
             ((a - b).abs().max() / b.std()).item() for a, b in zip(run(x), expected, strict=True))

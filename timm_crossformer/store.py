@@ -157,8 +157,9 @@ def fetch(
             raise ValueError(
                 f'{tag} stands for one published file, which needs no other in its place, got {str(file)!r}. '
                 '`timm-crossformer convert` makes a directory of a checkpoint.')
-        return _fetch_birder(record, cache_dir) if record['origin'] == 'birder' else {
-            'tag': tag, 'directory': None, 'fetched_from': 'package'}
+        if record['bundled']:
+            return {'tag': tag, 'directory': None, 'fetched_from': 'package'}
+        return _fetch_birder(record, cache_dir)
     if not force and file is None:
         facts = stored(tag, cache_dir)
         if facts:
