@@ -14,7 +14,6 @@ from timm.utils import AttentionExtract
 from torch import nn
 
 from timm_crossformer.explain import attention_from, token_at
-from timm_crossformer.layers import parts
 from timm_crossformer.model import CrossFormerStage
 from timm_crossformer.ops.grouping import map_layout
 
@@ -135,11 +134,8 @@ def test_the_switch_is_for_models_to_come_as_in_timm(flag):
     assert ours == [{not flag}, {flag}] and others == [ours, ours]
 
 
-@pytest.mark.parametrize('in_parts', [False, True], ids=['whole', 'in-parts'])
 @torch.no_grad()
-def test_dropout_of_weights_switched_on_alone_acts(fused, in_parts, monkeypatch):
-    if in_parts:
-        monkeypatch.setattr(parts, '_PART', 1 << 9)
+def test_dropout_of_weights_switched_on_alone_acts(fused):
     model = small(attn_drop_rate=.5, proj_drop_rate=.5, drop_path_rate=.5)
     x = noise(2, 3, 72, 96)
     plain = model(x)

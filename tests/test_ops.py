@@ -7,15 +7,11 @@ from unittest import mock
 import pytest
 import timm
 import torch
-from common import GROUPINGS, fakes_cuda, noise, small
+from common import noise
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_crossformer.layers import parts
-from timm_crossformer.layers.convolution import convolve
-from timm_crossformer.ops import choose_backend, cpu, grouped_attention, operator, triton
-from timm_crossformer.ops.grouping import map_layout
+from timm_crossformer.ops import choose_backend, cpu, grouped_attention, operator, reshape, triton
 
 BACKENDS = ('reference', 'cpu')
 LAYOUTS = {  # height, width, rows, cols
@@ -107,6 +103,15 @@ def test_precisions(dtype, many):
     assert [g.dtype for g in grads] == [dtype, dtype]
 
 
+@pytest.mark.parametrize('extra', [0, 3])
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_reshaping_alone_gives_the_same(name, extra):
+    args = case(name, extra=extra)
+    found, expected = (values_and_gradients(f, *args) for f in (reshape.grouped_attention, loops))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_batch_of_no_images():
     for backend in BACKENDS:
         qkv = torch.zeros(0, 5, 6, 24, requires_grad=True)
@@ -139,10 +144,9 @@ def test_flops_are_counted_on_tokens_that_exist():
     for name, pairs in (('whole', 28 ** 2), ('sda with a remainder', (3 ** 2 + 3 ** 2 + 1) * (4 ** 2 + 1))):
         qkv, *args = case(name)
         forward = 2 * 2 * 2 * pairs * 16  # two products of images, pairs and channels
-        for attend, backward in ((grouped_attention, 4), (lambda *args: operator._operator(*args, 'cpu'), 5)):
-            with FlopCounterMode(display=False) as counter:  # the first shows its products, the second is one operator
-                attend(qkv, *args).sum().backward()
-            assert counter.get_total_flops() == forward + forward * backward // 2
+        with FlopCounterMode(display=False) as counter:
+            grouped_attention(qkv, *args).sum().backward()
+        assert counter.get_total_flops() == forward + forward * 5 // 2
 
 
 @pytest.mark.parametrize(('change', 'message'), [
@@ -203,104 +207,6 @@ def test_the_kernel_serves_the_operator_in_the_interpreter():
     subprocess.run([sys.executable, '-c', script], env=env, check=True)
 
 
-class Launches(TorchDispatchMode):
-    """Count operators that launch work on many numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        view = func.is_view or 'view' in str(func)
-        results = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
-        self.count += not view and any(t.numel() >= 20_000 for t in results)
-        return out
-
-
-@pytest.mark.skipif(not triton.is_installed(), reason='needs Triton')
-@fakes_cuda
-@pytest.mark.parametrize(('variant', 'most'), [
-    ('crossformer_small', 165), ('crossformer_pp_small', 320), ('crossformer_base', 300)])
-def test_a_block_on_cuda_is_ten_launches_at_every_size(variant, most):
-    model = timm.create_model(variant, num_classes=0).eval()
-    with FakeTensorMode(), torch.no_grad():
-        model._apply(lambda t: torch.empty(t.shape, dtype=torch.bfloat16, device='cuda'))
-        for size in ((224, 224), (256, 256), (320, 320), (800, 1344)):
-            if size == (800, 1344):
-                model.set_input_size(lda_grouping='region')
-            with Launches() as launches:
-                model(torch.empty(1, 3, *size, dtype=torch.bfloat16, device='cuda'))
-            assert 100 < launches.count <= most
-
-
-# ---- wide maps in parts
-
-
-@pytest.mark.parametrize('grouping', GROUPINGS)
-@pytest.mark.parametrize('part', [1, 1000, 20_000])
-def test_parts_give_the_same(part, grouping, monkeypatch):
-    model, x = small(lda_grouping=grouping, cooling=True), noise(3, 3, 75, 190)
-    with torch.no_grad():
-        expected = model(x)
-        monkeypatch.setattr(parts, '_PART', part)
-        with mock.patch('timm_crossformer.model.add_in_parts', wraps=parts.add_in_parts) as used:
-            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
-    assert used.call_count >= 1
-
-
-def test_parts_are_whole_groups_and_every_token_once():
-    for grouping in ('sda', *GROUPINGS):
-        rows, cols = map_layout(23, 37, (3, 4), 3, grouping)
-        with mock.patch.object(parts, '_PART', 40):
-            seen = torch.zeros(2, 23, 37, 1)
-            for place, part_rows, part_cols in parts.parts(seen, rows, cols):
-                seen[place] += 1
-                assert part_rows[0] * part_rows[1] * part_rows[2] >= seen[place].shape[1]
-                assert part_cols[0] * part_cols[1] * part_cols[2] >= seen[place].shape[2]
-        assert (seen == 1).all()
-
-
-class Mixing(torch.nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x) + x.mean((1, 2), keepdim=True)
-
-
-CHANGES = {
-    'mlp replaced': lambda block: setattr(block, 'mlp', Mixing(block.mlp)),
-    'norm replaced': lambda block: setattr(block, 'norm1', Mixing(block.norm1)),
-    'forward patched': lambda block: setattr(block.mlp, 'forward', Mixing(block.mlp.fc1).inner.forward),
-    'hook': lambda block: block.mlp.fc1.register_forward_hook(lambda *args: None),
-    'pre-hook': lambda block: block.attn.pos_bias.mlp[3].register_forward_pre_hook(lambda *args: None),
-    'training': lambda block: block.attn.attn_drop.train(),
-    'block in training': lambda block: setattr(block, 'training', True),
-    'hook of the block': lambda block: block.register_forward_hook(lambda *args: None),
-    'forward of the block': lambda block: setattr(block, 'forward', torch.zeros_like),
-}
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_whoever_replaces_or_watches_a_layer_gets_the_whole_map(change, monkeypatch):
-    monkeypatch.setattr(parts, '_PART', 1)
-    blocks, x = small().stages[0].blocks, torch.randn(1, 9, 8, 32)
-    with torch.no_grad():
-        assert parts.goes_in_parts(blocks, x)
-        CHANGES[change](blocks[1])
-        assert not parts.goes_in_parts(blocks, x)
-    blocks = small().stages[0].blocks
-    assert not parts.goes_in_parts(blocks, x)  # gradients
-    blocks.register_forward_hook(lambda *args: None)
-    with torch.no_grad():
-        assert not parts.goes_in_parts(blocks, x)
-
-
-# ---- convolutions
-
-
 @pytest.mark.parametrize('grad', [False, True])
 def test_no_image_at_all(grad):
     model = timm.create_model('test_crossformer', features_only=True)
@@ -310,32 +216,3 @@ def test_no_image_at_all(grad):
     if grad:
         sum(level.sum() for level in levels).backward()
         assert not any(p.grad.any() for p in model.parameters())
-
-
-@pytest.mark.parametrize('kernel', [4, 8, 16, 32])
-def test_a_convolution_by_blocks_gives_the_same(kernel):
-    conv = torch.nn.Conv2d(3, 5, kernel, stride=4, padding=(kernel - 4) // 2)
-    x = noise(2, 3, 24, 36).requires_grad_()
-    wanted = [x, *conv.parameters()]
-    expected, out = conv(x), convolve(conv, x)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    for a, b in zip(*(torch.autograd.grad(y.sin().sum(), wanted) for y in (out, expected)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert out.grad_fn.next_functions[1][0].name() == 'PixelUnshuffleBackward0'
-
-
-@pytest.mark.parametrize('change', [
-    {}, dict(padding_mode='circular'), dict(dilation=2), dict(groups=2), dict(padding=0), dict(kernel_size=(8, 2)),
-    dict(stride=(2, 1)),
-], ids=str)
-@pytest.mark.parametrize('channels', [2, 32])
-@pytest.mark.parametrize('size', [(24, 40), (2, 4)], ids=str)
-def test_convolutions_of_every_kind_are_what_they_say(channels, change, size):
-    args = {**dict(in_channels=channels, out_channels=64, kernel_size=8, stride=2, padding=3), **change}
-    conv = torch.nn.Conv2d(**args)
-    if size == (2, 4) and (args['padding'] != 3 or {'dilation', 'padding_mode'} & set(change)):
-        pytest.skip('the kernel is larger than the map')
-    x = noise(2, channels, *size)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(convolve(conv, x), conv(x), rtol=1e-4, atol=1e-4)

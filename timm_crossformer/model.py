@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
 from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
 from .convert import check_head, check_variant, convert_state_dict, is_foreign
+from .inference import check_form, inference_form, pack_convolutions
 from .layers import CrossFormerBlock, CrossScaleEmbed, Permute
-from .layers.parts import add_in_parts, goes_in_parts
 from .ops.grouping import LDA_GROUPINGS
 
 
@@ -82,15 +82,18 @@ class CrossFormerStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map [B, C, H, W]; between blocks it is a view with channels last."""
         x = self.downsample(x).permute(0, 2, 3, 1)
-        if torch.jit.is_scripting():
-            x = self.blocks(x)
-        elif self.grad_checkpointing:
+        if not torch.jit.is_scripting() and self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
-        elif goes_in_parts(self.blocks, x):
-            x = add_in_parts(self.blocks, x)
         else:
             x = self.blocks(x)
         return x.permute(0, 3, 1, 2)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Put the inference form of every block in its place; `timm.models.reparameterize_model` calls this."""
+        pack_convolutions(self.downsample)
+        for name, block in self.blocks.named_children():
+            setattr(self.blocks, name, inference_form(block))
 
 
 class CrossFormer(nn.Module):
@@ -489,6 +492,7 @@ class CrossFormerFeatures(FeatureListNet):
 @contextlib.contextmanager
 def _any_origin(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -> Iterator[Mapping[str, Any]]:
     """Yield weights of any origin under the names of the model; if they do not fit, name the variant that they do."""
+    check_form(state_dict, model)
     own = convert_state_dict(state_dict, model, partial=not strict) if is_foreign(state_dict, model) else state_dict
     try:
         yield own

@@ -84,21 +84,7 @@ class GroupAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend inside the groups of tokens x [B, H, W, C]."""
         rows, cols = self.layouts(x.shape[1], x.shape[2])
-        return self.attend(x, rows, cols, self.bias_table(x, rows, cols))
-
-    def layouts(self, height: int, width: int) -> Tuple[Layout, Layout]:
-        """Lay out the rows and columns of a map of height x width tokens."""
-        rows, cols = map_layout(height, width, self.group_size, self.interval, self.grouping, self.fit_groups)
-        if torch.jit.is_scripting():
-            return rows, cols
-        return opaque(rows), opaque(cols)
-
-    def bias_table(self, x: Tensor, rows: Layout, cols: Layout) -> Tensor:
-        """Compute the bias of every offset inside a group: [heads or 1, 2 * gh - 1, 2 * gw - 1]."""
-        return self.pos_bias(group_offsets(rows[1], cols[1], self.legacy_size, x.device))
-
-    def attend(self, x: Tensor, rows: Layout, cols: Layout, table: Tensor) -> Tensor:
-        """Attend inside the groups of tokens x [B, H, W, C], laid out as given."""
+        table = self.pos_bias(group_offsets(rows[1], cols[1], self.legacy_size, x.device))
         qkv = self.qkv(x)
         if self.fused_attn and not (self.attn_drop.training and self.attn_drop.p > 0.):
             x = attend_groups(qkv, table, self.num_heads, rows, cols)
@@ -108,3 +94,10 @@ class GroupAttention(nn.Module):
             attn = self.attn_drop(attn.softmax(dim=-1))  # B * groups, heads, N, N
             x = close_groups(attn @ v, place)
         return self.proj_drop(self.proj(x))
+
+    def layouts(self, height: int, width: int) -> Tuple[Layout, Layout]:
+        """Lay out the rows and columns of a map of height x width tokens."""
+        rows, cols = map_layout(height, width, self.group_size, self.interval, self.grouping, self.fit_groups)
+        if torch.jit.is_scripting():
+            return rows, cols
+        return opaque(rows), opaque(cols)

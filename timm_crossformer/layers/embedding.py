@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import convolve
+from .._torch import is_graph
 
 for name in ('check_map', 'pad_to_multiple'):  # sizes decide: one node each to a tracer
     torch.fx.wrap(name)
@@ -58,10 +58,7 @@ class CrossScaleEmbed(nn.Module):
         if self.norm_first:
             x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = prepare_map(x, self.stride)
-        if torch.jit.is_scripting():
-            x = join_maps([conv(x) for conv in self.convs])
-        else:
-            x = join_maps([convolve(conv, x) for conv in self.convs])
+        x = join_maps([conv(x) for conv in self.convs])
         if not self.norm_first:
             x = self.norm(x)
         return x.permute(0, 3, 1, 2)
@@ -90,8 +87,7 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     pad_h, pad_w = (H + multiple - 1) // multiple * multiple - H, (W + multiple - 1) // multiple * multiple - W
     if torch.jit.is_scripting():
         return x if pad_h == 0 and pad_w == 0 else F.pad(x, [0, pad_w, 0, pad_h])
-    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which pads by 0 instead of branching
-    if not in_graph and pad_h == 0 and pad_w == 0:
+    if not is_graph() and pad_h == 0 and pad_w == 0:  # a graph pads by 0 instead of branching
         return x
     return F.pad(x, [0, pad_w, 0, pad_h])
 

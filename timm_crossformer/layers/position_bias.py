@@ -1,15 +1,11 @@
 """Dynamic position bias, DPB (paper, section 3.3): attention bias from relative offsets through a small MLP."""
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import triton
+from .._torch import is_symbol, without_autocast
 from ..ops.grouping import divide
-from .plain import is_eager_inference, is_plain
-
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class DynamicPosBias(nn.Module):
@@ -32,8 +28,8 @@ class DynamicPosBias(nn.Module):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.mlp = nn.Sequential(
-            OffsetLinear(2, dim, **dd),
+        self.mlp: Any = nn.Sequential(
+            nn.Linear(2, dim, **dd),
             nn.LayerNorm(dim, **dd), nn.ReLU(), nn.Linear(dim, dim, **dd),
             nn.LayerNorm(dim, **dd), nn.ReLU(), nn.Linear(dim, dim, **dd),
             nn.LayerNorm(dim, **dd), nn.ReLU(), nn.Linear(dim, num_heads, **dd),
@@ -44,43 +40,17 @@ class DynamicPosBias(nn.Module):
 
         In the precision of the parameters: the same under autocast, in training and after.
         """
+        # That of a norm, which adapters and quantisers leave alone: they take the place of linear layers.
+        offsets = offsets.to(self.mlp[1].weight.dtype)
         table = self.mlp(offsets) if torch.jit.is_scripting() else self._in_own_precision(offsets)
         return table.permute(2, 0, 1)
 
     @torch.jit.unused
     def _in_own_precision(self, offsets: Tensor) -> Tensor:
-        if isinstance(offsets, torch.fx.Proxy):  # the graph is layers alone
+        if is_symbol(offsets):  # the graph is layers alone
             return self.mlp(offsets)
-        device_type = offsets.device.type
-        if device_type == 'cuda' and self._suits_kernel(offsets):
-            norms = [layer.eps for layer in self.mlp if isinstance(layer, nn.LayerNorm)]
-            return triton.position_table(offsets, list(self.mlp.parameters()), norms).permute(1, 2, 0)
-        # The compiler of torch 2.9 cannot trace the question whether there is autocast; where it compiles to, there is.
-        available = device_type != 'meta' and (
-            torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type))
-        if not available or not torch.is_autocast_enabled(device_type):
+        with without_autocast(offsets.device):
             return self.mlp(offsets)
-        with torch.autocast(device_type, enabled=False):
-            return self.mlp(offsets)
-
-    def _suits_kernel(self, offsets: Tensor) -> bool:
-        """Return whether one kernel can compute the whole MLP: inference in eager mode on CUDA."""
-        parameters = list(self.mlp.parameters())
-        return (
-            is_eager_inference(offsets)
-            and is_plain(self.mlp, (nn.Sequential, OffsetLinear, nn.LayerNorm, nn.ReLU, nn.Linear))
-            and len(self.mlp) == 10 and len(parameters) == 14
-            and all(type(p) is nn.Parameter and p.dtype in _KERNEL_DTYPES for p in parameters)
-            and triton.supports_table(parameters[0].shape[0], parameters[12].shape[0])
-            and triton.works_on(offsets.device))
-
-
-class OffsetLinear(nn.Linear):
-    """A linear layer of whole numbers, in the precision of its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform offsets [..., 2] of any dtype."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 def group_offsets(height: int, width: int, legacy_size: Optional[Tuple[int, int]], device: torch.device) -> Tensor:

@@ -4,7 +4,6 @@ from typing import Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .grouping import Layout, axis_segments, group_view
 
@@ -39,37 +38,31 @@ def forward(  # TorchScript takes a constant of the file as a default only
 
 
 def split_heads(groups: Tensor, parts: int, num_heads: int) -> Tensor:
-    """Turn a `group_view` [B, ..., gh, gw, parts * C] into [parts, groups, heads, gh * gw, head_dim].
-
-    A view if the tokens of the groups follow each other, else one copy, token by token.
-    """
+    """Copy a `group_view` [B, ..., gh, gw, parts * C] into [parts, groups, heads, gh * gw, head_dim]."""
     B, rh, ph, rw, pw, gh, gw, channels = groups.shape
-    members = groups.reshape(B * rh * ph * rw * pw, gh * gw, channels)
-    return members.unflatten(2, [parts, num_heads, channels // (parts * num_heads)]).permute(2, 0, 3, 1, 4)
+    head_dim = channels // (parts * num_heads)
+    heads = groups.unflatten(7, [parts, num_heads, head_dim]).permute(7, 0, 1, 2, 3, 4, 8, 5, 6, 9)
+    return heads.reshape(parts, B * rh * ph * rw * pw, num_heads, gh * gw, head_dim)
 
 
 def write_heads(groups: Tensor, x: Tensor) -> None:
     """Write tokens [groups, heads, gh * gw, head_dim] into a `group_view` [B, ..., gh, gw, C]."""
-    groups.copy_(x.transpose(1, 2).reshape(groups.shape))
+    B, rh, ph, rw, pw, gh, gw, _ = groups.shape
+    heads, head_dim = x.shape[1], x.shape[3]
+    x = x.reshape(B, rh, ph, rw, pw, heads, gh, gw, head_dim).permute(0, 1, 2, 3, 4, 6, 7, 5, 8)
+    groups.unflatten(7, [heads, head_dim]).copy_(x)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attend within groups: q, k and v [groups, heads, N, head_dim], bias [heads or 1, N, N]."""
     if not torch.jit.is_scripting() and _suits_products(q):
-        scores = q @ k.transpose(-2, -1)
-        return scores.mul_(q.shape[-1] ** -0.5).add_(bias).softmax(dim=-1) @ v
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
 
 
 @torch.jit.unused
 def _suits_products(q: Tensor) -> bool:
-    few = q.shape[2] <= _FEW_TOKENS and torch.get_num_threads() > 1
-    return q.dtype == torch.float32 and (few or is_recorded())
-
-
-def is_recorded() -> bool:
-    """Return whether somebody counts or records operators, who should see products as in any other model."""
-    return is_in_torch_dispatch_mode(include_infra_modes=False)
+    return q.dtype == torch.float32 and q.shape[2] <= _FEW_TOKENS and torch.get_num_threads() > 1
 
 
 def _attend_in_tiles(

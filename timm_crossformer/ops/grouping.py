@@ -12,6 +12,8 @@ from typing import Any, List, Tuple
 import torch
 from torch import Tensor
 
+from .._torch import is_one_graph_for_all_sizes
+
 Layout = Tuple[int, int, int]  # regions, size, interval
 Segment = Tuple[int, int, int, int, int]  # start, regions, size, interval, phases
 
@@ -79,24 +81,13 @@ def map_layout(
     """
     rows = axis_layout(height, group_size[0], interval, grouping, fit)
     cols = axis_layout(width, group_size[1], interval, grouping, fit)
-    if not torch.jit.is_scripting() and _one_graph():
+    if not torch.jit.is_scripting() and is_one_graph_for_all_sizes():
         # Without a branch. The product is 0 exactly if one side fits into a group.
         whole = 1 // (1 + (height // (group_size[0] + 1)) * (width // (group_size[1] + 1)))
         return _blend(rows, height, whole), _blend(cols, width, whole)
     if height <= group_size[0] or width <= group_size[1]:
         return (1, height, 1), (1, width, 1)
     return rows, cols
-
-
-@torch.jit.unused
-def _one_graph() -> bool:
-    """Return whether small and large maps are to share a graph: exported, traced, or compiled for inference.
-
-    Not compiled for training: Inductor would carry the formula of the choice through every kernel of a backward pass,
-    and take minutes over them.
-    """
-    return torch.jit.is_tracing() or torch.compiler.is_exporting() or (
-        torch.compiler.is_compiling() and not torch.is_grad_enabled())
 
 
 def _blend(layout: Layout, n: int, whole: int) -> Layout:

@@ -2,14 +2,15 @@
 import logging
 import os
 from functools import cache
+from types import ModuleType
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, reference, triton
+from .._torch import is_compiled, is_known, is_traced, is_transformed
+from . import cpu, reference, reshape, triton
 from .grouping import Layout, axis_segments
 
 BACKENDS = ('reference', 'cpu', 'triton')
@@ -75,9 +76,9 @@ def choose_backend(qkv: Tensor, num_heads: int) -> str:
 @torch.jit.unused
 def _dispatch(
         qkv: Tensor, table: Tensor, num_heads: int, rows: Layout, cols: Layout, backend: Optional[str]) -> Tensor:
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return reference.grouped_attention(qkv, table, num_heads, rows, cols)  # sizes are symbols: nothing to check
-    if not torch.compiler.is_compiling():
+    if is_traced():
+        return _pure(qkv, rows, cols).grouped_attention(qkv, table, num_heads, rows, cols)
+    if not is_compiled():
         _check_arguments(qkv, table, num_heads, rows, cols)
     backend = backend or os.environ.get(_FORCE)
     if backend:
@@ -86,20 +87,31 @@ def _dispatch(
         backend = choose_backend(qkv, num_heads)
     if backend == 'reference' or _needs_reference(backend):
         return reference.grouped_attention(qkv, table, num_heads, rows, cols)
-    if backend == 'cpu' and not torch.compiler.is_compiling() and cpu.is_recorded():
-        return cpu.forward(qkv, table, num_heads, rows, cols)
+    if backend == 'cpu' and _comes_apart(qkv, rows, cols):
+        return reshape.grouped_attention(qkv, table, num_heads, rows, cols)
     return _operator(qkv, table, num_heads, rows, cols, backend)
+
+
+def _pure(qkv: Tensor, rows: Layout, cols: Layout) -> ModuleType:
+    """Choose what others will run, without this package: their sizes are symbols, or it is one size."""
+    return reshape if is_known(*qkv.shape[1:], *rows, *cols) else reference
+
+
+def _comes_apart(qkv: Tensor, rows: Layout, cols: Layout) -> bool:
+    """Return whether Inductor gains from seeing attention: compiled for inference, with nothing to pad."""
+    return is_compiled() and not torch.is_grad_enabled() and (
+        is_known(*qkv.shape[1:], *rows, *cols) and reshape.is_full(qkv.shape[1], qkv.shape[2], rows, cols))
 
 
 def _needs_reference(backend: str) -> bool:
     """Return whether something other than device, dtype and shape rules a backend out."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         reason = 'a function transform or forward-mode derivative needs operators that PyTorch can take apart'
     elif backend == 'triton' and torch.are_deterministic_algorithms_enabled():
         reason = 'deterministic algorithms were asked for, and the kernel adds gradients of biases in any order'
     else:
         return False
-    if not torch.compiler.is_compiling():
+    if not is_compiled():
         _log_once(f'grouped_attention runs as the reference: {reason}.')
     return True
 

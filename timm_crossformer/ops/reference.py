@@ -8,7 +8,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .._torch import is_exported, is_known
 from .grouping import Layout, divide, group_index
+
+# Added to scores of keys that do not exist: far below any, yet finite in fp16, so that a group without a real token
+# keeps finite gradients.
+NEVER = -3e4
 
 
 def grouped_attention(qkv: Tensor, table: Tensor, num_heads: int, rows: Layout, cols: Layout) -> Tensor:
@@ -39,23 +44,23 @@ def open_groups(
     B, H, W, _ = qkv.shape
     gh, gw = rows[1], cols[1]
     index, real, inverse = group_index(H, W, rows, cols, qkv.device)  # [groups, N], [groups, N], [H * W]
-    members = qkv.flatten(1, 2)[:, index.flatten()].unflatten(1, [-1, gh * gw]).flatten(0, 1)
+    members = qkv.flatten(1, 2).index_select(1, index.flatten()).unflatten(1, [-1, gh * gw]).flatten(0, 1)
     if torch.jit.is_scripting():  # TorchScript does not read the line below
         q, k, v = members.unflatten(-1, [3, num_heads, -1]).permute(2, 0, 3, 1, 4).unbind(0)
     else:
         q, k, v = rearrange(members, 'g n (qkv heads d) -> qkv g heads n d', qkv=3, heads=num_heads)
-    # Far below any score, yet finite in fp16: a group without a real token keeps finite gradients.
     mask = ((~real).to(qkv.dtype) * -3e4)[:, None, None, :].repeat(B, 1, 1, 1)
     place = torch.arange(B, device=qkv.device)[:, None, None] * index.numel() + inverse.unflatten(0, [H, W])
-    return q, k, v, _pair_bias(table, gh, gw).to(qkv.dtype), mask, place
+    return q, k, v, pair_bias(table, gh, gw).to(qkv.dtype), mask, place
 
 
 def close_groups(x: Tensor, place: Tensor) -> Tensor:
     """Put tokens [B * groups, heads, N, head_dim] back on the map: [B, H, W, heads * head_dim]."""
-    return x.transpose(1, 2).flatten(2).flatten(0, 1)[place]
+    x = x.transpose(1, 2).flatten(2).flatten(0, 1)
+    return x.index_select(0, place.flatten()).unflatten(0, place.shape)
 
 
-def _pair_bias(table: Tensor, gh: int, gw: int) -> Tensor:
+def pair_bias(table: Tensor, gh: int, gw: int) -> Tensor:
     """Look up the bias of every pair of tokens of a group: [heads or 1, N, N] from a table of offsets."""
     row, col = divide(torch.arange(gh * gw, device=table.device), gw)
     TH, TW = (table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2
@@ -63,14 +68,14 @@ def _pair_bias(table: Tensor, gh: int, gw: int) -> Tensor:
     dy = (row[:, None] - row + TH - 1).clamp(0, 2 * TH - 2)
     dx = (col[:, None] - col + TW - 1).clamp(0, 2 * TW - 2)
     offset = dy * (2 * TW - 1) + dx
-    return table.flatten(1)[:, offset.flatten()].reshape(-1, gh * gw, gh * gw)
+    return table.flatten(1).index_select(1, offset.flatten()).reshape(-1, gh * gw, gh * gw)
 
 
 @torch.jit.unused
 def opaque(layout: Layout) -> Layout:
     """In an export, hide how a layout follows from the size of the map: it would carry the formulas everywhere."""
-    if not torch.compiler.is_exporting() or all(type(n) is int for n in layout):
-        return layout  # or one size is exported
+    if not is_exported() or is_known(*layout):  # or one size is exported
+        return layout
     hidden: List[Any] = [torch.scalar_tensor(n, dtype=torch.long).item() for n in layout]
     for n in hidden:
         torch._check(n >= 1)

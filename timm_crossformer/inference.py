@@ -1,0 +1,372 @@
+"""The inference form: the same network for those who ask for speed, by timm's convention of reparameterizing.
+
+Every shortcut past a layer lives here, in modules of other names and classes. What a block is made of is asked once,
+when the form is made: a block with anything in it that we do not know stays as it is, and every layer of it is called.
+"""
+from contextlib import ExitStack
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GELU, DropPath, GELUTanh, LayerNorm, Mlp, RmsNorm
+from timm.models import reparameterize_model
+from torch import Tensor, nn
+
+from ._modes import evaluating
+from ._torch import has_hooks, is_eager_inference, is_known, is_symbol
+from .layers import CrossFormerBlock, CrossScaleEmbed, DynamicPosBias, GroupAttention
+from .layers.position_bias import group_offsets
+from .ops import packing
+from .ops.grouping import Layout, map_layout
+from .ops.operator import attend_groups
+from .ops.reference import opaque
+
+for name in ('attend_groups', 'map_layout', 'group_offsets'):  # one node each to a tracer, as in the layers
+    torch.fx.wrap(name)
+
+# Numbers of a map in a part, 2 MiB in fp32 and four times as much within the MLP: above 32 MiB glibc maps fresh pages
+# for every result, at the cost of a fault each.
+_PART = 1 << 19
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, LayerNorm, RmsNorm)
+_RATES = (nn.Dropout, DropPath, nn.Identity)  # nothing, in evaluation
+# The layers of a block whose work we know: with these, every token of a map is treated by itself but in attention.
+_LAYERS: Dict[str, Tuple[Type[nn.Module], ...]] = {
+    '': (CrossFormerBlock,),
+    'norm1': _NORMS,
+    'attn': (GroupAttention,),
+    'attn.pos_bias': (DynamicPosBias,),
+    'attn.qkv': (nn.Linear,),
+    'attn.attn_drop': _RATES,
+    'attn.proj': (nn.Linear,),
+    'attn.proj_drop': _RATES,
+    'drop_path1': _RATES,
+    'norm2': _NORMS,
+    'mlp': (Mlp,),
+    'mlp.fc1': (nn.Linear,),
+    'mlp.act': (nn.GELU, GELU, GELUTanh, nn.ReLU, nn.SiLU),
+    'mlp.drop1': _RATES,
+    'mlp.norm': (nn.Identity,),
+    'mlp.fc2': (nn.Linear,),
+    'mlp.drop2': _RATES,
+    'drop_path2': _RATES,
+}
+_BIAS_LAYERS = (nn.Sequential, nn.Linear, nn.LayerNorm, nn.ReLU)
+
+
+def reparameterize(
+        model: nn.Module,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        device: Optional[Union[str, torch.device]] = None,
+) -> nn.Module:
+    """Return a copy of a model, or of one that holds CrossFormers, for inference: equal to 1e-5, and faster.
+
+    As `timm.models.reparameterize_model` does, and besides for an image size and a device.
+
+    Args:
+        model: Any module.
+        img_size: Image size, in pixels, whose position biases are to be constants, a number or (height, width). None:
+            those of groups of `group_size`, which is all that images of 224 pixels need. At any other size the form
+            is right as well, and computes its position biases in every call, as the model does.
+        device: Where to move the copy.
+
+    Raises:
+        ValueError: Nothing in the model is a CrossFormer, or the image size is none.
+    """
+    fast = reparameterize_model(model)
+    attentions = [module for module in fast.modules() if isinstance(module, InferenceAttention)]
+    if not attentions:
+        raise ValueError(
+            'The model needs a CrossFormer with blocks that nobody has changed, got '
+            f'{type(model).__name__} without one. Reparameterize before layers are replaced or watched, or leave it.')
+    fast = fast.to(device) if device is not None else fast
+    if img_size is not None:
+        height, width = img_size if isinstance(img_size, (list, tuple)) else (img_size, img_size)
+        with ExitStack() as stack, evaluating(fast), torch.no_grad():
+            for attention in attentions:
+                handle = attention.register_forward_pre_hook(lambda module, args: module.prepare(*args[0].shape[1:3]))
+                stack.callback(handle.remove)
+            like = next(fast.parameters())
+            channels = next(cast(int, module.in_chans) for module in fast.modules() if hasattr(module, 'in_chans'))
+            fast(torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype))
+    return fast
+
+
+def inference_form(block: nn.Module) -> nn.Module:
+    """Return the inference form of a block, or the block itself if it is not what the package made of it."""
+    layers = {name: layer for name, layer in block.named_modules() if name.partition('.')[0] != 'cooling'}
+    known = set(_LAYERS) <= set(layers) and all(
+        _is_ours(layer, _LAYERS.get(name, _BIAS_LAYERS if name.startswith('attn.pos_bias.') else ()))
+        for name, layer in layers.items())
+    return InferenceBlock(cast(CrossFormerBlock, block)) if known else block
+
+
+def check_form(state_dict: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise ValueError if weights are those of an inference form, and a model is none."""
+    if any('.attn.position.' in key for key in state_dict) and not any(
+            isinstance(module, InferenceBlock) for module in model.modules()):
+        raise ValueError(
+            'The weights are those of a model that was reparameterized for inference, and this model was not. Save the '
+            'weights before `reparameterize`, or load these into a model after it.')
+
+
+def pack_convolutions(embed: nn.Module) -> None:
+    """Put packed convolutions in the place of those of a cross-scale embedding; others stay as they are."""
+    convs = embed.convs if type(embed) is CrossScaleEmbed else nn.ModuleList()
+    for name, conv in cast(nn.ModuleList, convs).named_children():
+        if isinstance(conv, nn.Conv2d) and _is_ours(conv, (nn.Conv2d,)) and _is_simple(conv):
+            setattr(convs, name, PackedConv(conv))
+
+
+def _is_simple(conv: nn.Conv2d) -> bool:
+    """Return whether a convolution is of the kind that `PackedConv` knows."""
+    return '_conv_forward' not in conv.__dict__ and not isinstance(conv.padding, str) and (
+        conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == 'zeros') and all(
+        a == b for a, b in (conv.kernel_size, conv.stride, conv.padding))
+
+
+def _is_ours(module: nn.Module, kinds: Sequence[Type[nn.Module]]) -> bool:
+    """Return whether a module is of one of these very classes, with weights of its own, and nobody watches it."""
+    return type(module) in kinds and 'forward' not in module.__dict__ and not has_hooks(module) and all(
+        type(p) is nn.Parameter for p in module.parameters(recurse=False))
+
+
+class _Packed(nn.Module):
+    """A layer that does not learn; on a CPU it has its weight once more in an order of oneDNN's."""
+
+    def __init__(self, layer: Union[nn.Linear, nn.Conv2d]):
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+        self._packed: Any = None
+
+    @torch.jit.unused
+    def _suits_packing(self, x: Tensor) -> bool:
+        return is_eager_inference(x) and packing.suits(x, self.weight)
+
+    def _pack(self, pack: Callable[..., Tensor], *args: Any) -> Tensor:
+        weight = self.weight
+        version = 0 if weight.is_inference() else weight._version
+        state = id(weight), weight.data_ptr(), version, args  # a packed copy must not be older than the weight
+        packed = self._packed
+        if packed is None or packed[0] != state:
+            self._packed = packed = state, pack(weight.detach(), *args)
+        return packed[1]
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_packed': None}
+
+    def extra_repr(self) -> str:
+        """Name the shape of the weight."""
+        return f'weight={list(self.weight.shape)}, bias={self.bias is not None}'
+
+
+class PackedLinear(_Packed):
+    """`nn.Linear` for inference, with GELU if asked for."""
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False):
+        """
+        Args:
+            linear: Whose weights to take.
+            gelu: Apply GELU to the result.
+        """
+        super().__init__(linear)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform x [..., in_features]."""
+        if not torch.jit.is_scripting() and self._suits_packing(x):
+            return self._multiply(x)
+        x = F.linear(x, self.weight, self.bias)
+        return F.gelu(x) if self.gelu else x
+
+    @torch.jit.unused
+    def _multiply(self, x: Tensor) -> Tensor:
+        return packing.linear(x, self._pack(packing.pack_linear), self.bias, self.gelu)
+
+
+class PackedConv(_Packed):
+    """`nn.Conv2d` with a square kernel and zeros around, for inference: one image has fewer numbers than its weight."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv)
+        self.stride = conv.stride[0]
+        self.padding = int(conv.padding[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x [B, C, H, W]."""
+        if not torch.jit.is_scripting() and self._suits_packing(x):
+            return self._convolve(x)
+        return F.conv2d(x, self.weight, self.bias, [self.stride, self.stride], [self.padding, self.padding])
+
+    @torch.jit.unused
+    def _convolve(self, x: Tensor) -> Tensor:
+        packed = self._pack(packing.pack_conv, self.stride, self.padding, x.shape)
+        return packing.conv(x, packed, self.bias, self.stride, self.padding)
+
+
+class InferenceAttention(nn.Module):
+    """Attention inside groups, with the position biases of groups up to a size as a constant table."""
+
+    table: Tensor
+
+    def __init__(self, attn: GroupAttention):
+        super().__init__()
+        self.num_heads = attn.num_heads
+        self.group_size = attn.group_size
+        self.interval = attn.interval
+        self.grouping = attn.grouping
+        self.fit_groups = attn.fit_groups
+        self.legacy_size = attn.legacy_size
+        self.position = attn.pos_bias.requires_grad_(False)  # for groups larger than the table
+        self.qkv = PackedLinear(attn.qkv)
+        self.proj = PackedLinear(attn.proj)
+        self.register_buffer('table', self._compute_table(*self.group_size))
+
+    @torch.jit.ignore
+    def prepare(self, height: int, width: int) -> None:
+        """Let the table serve a map of height x width tokens."""
+        rows, cols = self.layouts(height, width)
+        gh, gw = (max(self.table.shape[i + 1] // 2 + 1, layout[1]) for i, layout in enumerate((rows, cols)))
+        self.table = self._compute_table(gh, gw)
+
+    @torch.jit.ignore
+    def set_groups(self, *args: Any) -> None:
+        """Raise ValueError: the groups are those of the model that this was made from."""
+        raise ValueError(
+            'The groups of a model that is reparameterized for inference stay as they are. Call `set_input_size` '
+            'before it is reparameterized.')
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'InferenceAttention':
+        super()._apply(fn, recurse)
+        self.table = self._compute_table(self.table.shape[1] // 2 + 1, self.table.shape[2] // 2 + 1)  # in its precision
+        return self
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def _compute_table(self, height: int, width: int) -> Tensor:
+        device = next(self.position.parameters()).device
+        return self.position(group_offsets(height, width, self.legacy_size, device)).contiguous()
+
+    def layouts(self, height: int, width: int) -> Tuple[Layout, Layout]:
+        """Lay out the rows and columns of a map of height x width tokens."""
+        rows, cols = map_layout(height, width, self.group_size, self.interval, self.grouping, self.fit_groups)
+        if torch.jit.is_scripting():
+            return rows, cols
+        return opaque(rows), opaque(cols)
+
+    def bias_table(self, rows: Layout, cols: Layout, device: torch.device) -> Tensor:
+        """Return the bias of every offset inside a group, at least [heads or 1, 2 * gh - 1, 2 * gw - 1]."""
+        known = True
+        if not torch.jit.is_scripting():
+            known = is_known(rows[1], cols[1])
+        if known and 2 * rows[1] - 1 <= self.table.shape[1] and 2 * cols[1] - 1 <= self.table.shape[2]:
+            return self.table
+        return self.position(group_offsets(rows[1], cols[1], self.legacy_size, device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend inside the groups of tokens x [B, H, W, C]."""
+        rows, cols = self.layouts(x.shape[1], x.shape[2])
+        return self.attend(x, self.bias_table(rows, cols, x.device), rows, cols)
+
+    def attend(self, x: Tensor, table: Tensor, rows: Layout, cols: Layout) -> Tensor:
+        """Attend inside the groups of tokens x [B, H, W, C], laid out as given."""
+        return self.proj(attend_groups(self.qkv(x), table, self.num_heads, rows, cols))
+
+
+class InferenceBlock(nn.Module):
+    """A block that does not learn; on a CPU, wide maps pass through it part by part.
+
+    A whole map would go to main memory and back at every step. A part holds whole groups, so that attention does not
+    notice, and everything else between two residuals treats each token by itself.
+    """
+
+    def __init__(self, block: CrossFormerBlock):
+        super().__init__()
+        mlp, act = cast(Mlp, block.mlp), block.mlp.act
+        gelu = isinstance(act, (nn.GELU, GELU)) and getattr(act, 'approximate', 'none') == 'none'
+        self.attn_norm = block.norm1.requires_grad_(False)
+        self.attn = InferenceAttention(block.attn)
+        self.mlp_norm = block.norm2.requires_grad_(False)
+        self.mlp = nn.Sequential(
+            PackedLinear(cast(nn.Linear, mlp.fc1), gelu), nn.Identity() if gelu else act,
+            PackedLinear(cast(nn.Linear, mlp.fc2)))
+        self.cooling = block.cooling.requires_grad_(False)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens [B, H, W, C].
+
+        Raises:
+            ValueError: The block is in training mode.
+        """
+        if self.training:
+            raise ValueError(
+                'The inference form does not train, and is in training mode. Call `eval()`, or train the model that it '
+                'was made from.')
+        if not torch.jit.is_scripting() and self._goes_in_parts(x):
+            x = self._in_parts(x)
+        else:
+            x = x + self.attn(self.attn_norm(x))
+            x = x + self.mlp(self.mlp_norm(x))
+        return self.cooling(x)
+
+    @torch.jit.unused
+    def _goes_in_parts(self, x: Tensor) -> bool:
+        # Two parts are not worth their overhead.
+        return not is_symbol(x) and x.device.type == 'cpu' and is_eager_inference(x) and x.numel() > 2 * _PART
+
+    @torch.jit.unused
+    def _in_parts(self, x: Tensor) -> Tensor:
+        rows, cols = self.attn.layouts(x.shape[1], x.shape[2])
+        table = self.attn.bias_table(rows, cols, x.device)
+        out = torch.empty_like(x)
+        for place, part_rows, part_cols in parts(x, rows, cols):
+            part = x[place]
+            part = part + self.attn.attend(self.attn_norm(part), table, part_rows, part_cols)
+            # A group larger than a part is whole for attention only.
+            few = max(1, _PART // part[:, 0].numel())
+            for tokens, into in zip(part.split(few, 1), out[place].split(few, 1), strict=True):
+                torch.add(tokens, self.mlp(self.mlp_norm(tokens)), out=into)
+        return out
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        if f'{prefix}norm1.weight' in state_dict:
+            raise ValueError(
+                'The model is reparameterized for inference, and the weights are those of a model that trains. Load '
+                'them into a model as `timm.create_model` returns it, then reparameterize that.')
+        table = state_dict.get(f'{prefix}attn.table')
+        if table is not None and table.ndim == 3 and len(table) == len(self.attn.table):
+            self.attn.table = self.attn.table.new_empty(table.shape)  # may serve larger groups than ours
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def parts(x: Tensor, rows: Layout, cols: Layout) -> Iterator[Tuple[Tuple[slice, slice, slice], Layout, Layout]]:
+    """Cut tokens x [B, H, W, C] into parts of about `_PART` numbers that hold whole groups, the larger where need be.
+
+    Yields:
+        Place of a part in x, and the layouts of its rows and columns.
+    """
+    B, H, W, C = x.shape
+    images = max(1, _PART // (H * W * C))
+    row_parts = _cut(H, rows, _PART // (W * C))
+    # One part of the rows may still be too much: the first one is the longest.
+    start, stop, step = row_parts[0][0].indices(H)
+    col_parts = _cut(W, cols, _PART // (len(range(start, stop, step)) * C))
+    for image in range(0, B, images):
+        for row, row_layout in row_parts:
+            for col, col_layout in col_parts:
+                yield (slice(image, image + images), row, col), row_layout, col_layout
+
+
+def _cut(n: int, layout: Layout, most: int) -> List[Tuple[slice, Layout]]:
+    """Cut an axis of n tokens into parts of whole groups and about `most` tokens: a few regions each, or one phase."""
+    regions, size, interval = layout
+    if n <= most:
+        return [(slice(0, n), layout)]
+    if regions > 1:
+        few = max(1, most // (size * interval))
+        return [
+            (slice(first * size * interval, min(n, (first + few) * size * interval)), (few, size, interval))
+            for first in range(0, regions, few) if first * size * interval < n]
+    return [(slice(phase, n, interval), (1, size, 1)) for phase in range(min(interval, n))]
