@@ -1,5 +1,6 @@
 """benchmarks/docs/readme.py and plot.py: the READMEs say what the committed result files hold."""
 import itertools
+import re
 
 import cases
 import pytest
@@ -45,6 +46,15 @@ def made_up(tmp_path_factory):
 
 def test_committed_tables_are_those_of_the_committed_results():
     assert readme.main(['--check']) == 0, 'Run `python benchmarks/docs/readme.py`.'
+
+
+def test_scripts_that_are_named_are_there():
+    files = [
+        *readme.FILES, *readme.ROOT.glob('benchmarks/*/*.py'), *readme.ROOT.glob('benchmarks/results/train/*/*.txt'),
+        *(readme.ROOT / name for name in ('CONTRIBUTING.md', 'Makefile', 'pyproject.toml', 'weights/manifest.json'))]
+    named = {name for path in files for name in re.findall(r'benchmarks/[\w/]+\.py', path.read_text(encoding='utf-8'))}
+    assert len(named) >= 9
+    assert [name for name in sorted(named) if not (readme.ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'cost', 'csv_file', 'versions', 'weights'}))

@@ -23,7 +23,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def evaluation_copy(model: nn.Module) -> nn.Module:
     """Copy the modules of a model, in evaluation mode: what is done to them no other user of the model can see.
 
-    A copy has a mode, hooks and attributes of its own. Tensors are those of the model. Nothing in it is compiled.
+    A copy has a mode, hooks and attributes of its own. Tensors are those of the model, but in scripted modules. What
+    torch.compile was asked to compile runs as it is written.
     """
     # torch.compile wraps a module in another.
     inside = [(module, dict(module.named_children()).get('_orig_mod', module)) for module in model.modules()]
