@@ -69,11 +69,11 @@ style: $(VENV)/test
 
 bench: $(VENV)/test
 	$(INSTALL) -e ".[bench]"
-	$(BIN)/python benchmarks/bench.py all --quick
+	$(BIN)/python benchmarks/speed/bench.py all --quick
 
 tables: $(VENV)/test
-	$(BIN)/python benchmarks/plot.py
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/docs/plot.py
+	$(BIN)/python benchmarks/docs/readme.py
 
 $(VENV)/uv:
 	$(PYTHON) -m venv $(VENV)
@@ -85,7 +85,7 @@ $(VENV)/demo: $(VENV)/uv pyproject.toml
 	touch $@
 
 $(VENV)/test: $(VENV)/uv pyproject.toml
-	$(BIN)/python benchmarks/versions.py newest > $(VENV)/constraints.txt
+	$(BIN)/python benchmarks/docs/versions.py newest > $(VENV)/constraints.txt
 	$(INSTALL) -e ".[test]" -c $(VENV)/constraints.txt
 	touch $@
 
@@ -103,7 +103,7 @@ $(VENV)/clients: $(VENV)/test pyproject.toml
 
 $(VENV)-oldest/test: $(VENV)/uv pyproject.toml
 	$(UV) venv -q --clear --python $(PYTHON311) $(VENV)-oldest
-	$(BIN)/python benchmarks/versions.py oldest > $(VENV)-oldest/constraints.txt
+	$(BIN)/python benchmarks/docs/versions.py oldest > $(VENV)-oldest/constraints.txt
 	$(UV) pip install -q --python $(VENV)-oldest/bin/python -e ".[test]" -c $(VENV)-oldest/constraints.txt
 	touch $@
 

@@ -1,24 +1,19 @@
 """benchmarks/: what is measured, counted, checked, written, and estimated."""
 import itertools
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
-import timm
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 
 import bench
 import cases
 import measuring
 import operators
 import pandas as pd
+import pytest
 import roofline
 import rows
 import targets
+import timm
+import torch
 from cases import Case
 from common import fakes_cuda
 from measuring import WrongResult

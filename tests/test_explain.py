@@ -3,7 +3,11 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
+from types import MethodType
 
 import pytest
 import timm
@@ -298,6 +302,210 @@ def test_a_compiled_model_stays_compiled():
         assert torch.equal(model(image), out) and len(frames) == compiled
 
 
+def same(maps, expected):
+    for ours, wanted in zip(chain(*maps), chain(*expected), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-7)
+
+
+def compiles():
+    """Say whether torch.compile does anything in this process."""
+    frames = []
+
+    def backend(graph, inputs):
+        frames.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(3))
+    return bool(frames)
+
+
+class Pausing:
+    """Threads that run `attention_from` and wait in the middle of the network, until they are told to go on."""
+
+    def __init__(self, *models):
+        self.reached, self.resume, self.pool = {}, {}, ThreadPoolExecutor(2)
+        for model in models:
+            model.stages[1].register_forward_pre_hook(self.wait)
+
+    def wait(self, *_):
+        me = threading.get_ident()
+        if me in self.resume:
+            self.reached[me].set()
+            assert self.resume[me].wait(60)
+
+    def start(self, model, image, at):
+        """Return a future, once the middle is reached, and what lets it go on."""
+        reached, resume = threading.Event(), threading.Event()
+
+        def run():
+            me = threading.get_ident()
+            self.reached[me], self.resume[me] = reached, resume
+            try:
+                return attention_from(model, image, at)
+            finally:
+                reached.set()
+                del self.resume[me]
+
+        future = self.pool.submit(run)
+        assert reached.wait(60)
+        return future, resume
+
+
+def infer(model, image):
+    with torch.no_grad():
+        return [model(image)]
+
+
+def step(model, image):
+    torch.manual_seed(0)
+    model.zero_grad()
+    loss = model(image).square().sum()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize('train', [False, True], ids=['inference', 'training'])
+def test_another_thread_sees_nothing(train):
+    model, image = small(attn_drop_rate=.5, proj_drop_rate=.5, drop_path_rate=.5).train(train), noise(1, 3, 65, 100)
+    threads = Pausing(model)
+    before, work = state_of(model), step if train else infer
+    expected, alone = attention_from(small(), image, (.4, .6)), work(model, image)
+    model.zero_grad()
+    future, resume = threads.start(model, image, (.4, .6))
+    assert state_of(model) == before and compiles()
+    beside = work(model, image)
+    resume.set()
+    same(future.result(), expected)
+    assert all(torch.equal(a, b) for a, b in zip(beside, alone, strict=True))
+
+
+@pytest.mark.parametrize('other', ['same', 'other'])
+def test_two_threads_look_at_once(other):
+    first = small(drop_path_rate=.5).train()
+    second = first if other == 'same' else small(lda_grouping='grid', drop_path_rate=.5).train()
+    image = noise(1, 3, 65, 100)
+    wanted = [attention_from(model.eval(), image, at) for model, at in ((first, (.4, .6)), (second, (1, 0)))]
+    first.train(), second.train()
+    threads = Pausing(*{first, second})
+    before = state_of(first), state_of(second)
+    a, resume_a = threads.start(first, image, (.4, .6))
+    b, resume_b = threads.start(second, image, (1, 0))
+    resume_a.set()  # out in the order they came in
+    same(a.result(), wanted[0])
+    resume_b.set()
+    same(b.result(), wanted[1])
+    assert (state_of(first), state_of(second)) == before and compiles()
+
+
+class Levels(nn.Module):
+    """Runs modules that stand in a list as well."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.first, self.net = nn.Dropout(.5), net
+        self.steps = [[self.first], [net.stem, *net.stages]]
+
+    def forward(self, x):
+        for module in chain(*self.steps):
+            x = module(x)
+        return x
+
+
+class Reader(nn.Module):
+    """Reads a level that a hook keeps."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.level = net, None
+
+        def keep(module, args, out):
+            self.level = out
+
+        net.stages[1].register_forward_hook(keep)
+
+    def forward(self, x):
+        self.net(x)
+        return self.level.mean()
+
+
+def no_backend(graph, inputs):
+    raise AssertionError('nothing should be compiled here')
+
+
+def patched(patch):
+    def build():
+        net = small(proj_drop_rate=.5)
+        for module in (net.stages[0].blocks[0].mlp, net.stages[1].blocks[1].attn):
+            patch(module)
+        return net
+    return build
+
+
+def by_closure(module):
+    old = module.forward
+    module.forward = lambda x: old(x)
+
+
+def by_default(module):
+    module.forward = lambda x, *, old=module.forward: old(x)
+
+
+def by_partial(module):
+    module.forward = partial(type(module).forward, module)
+
+
+def by_method(module):
+    module.forward = MethodType(lambda self, x: type(self).forward(self, x), module)
+
+
+def by_compiled_forward(module):
+    module.forward = torch.compile(module.forward, backend=no_backend)
+
+
+def by_compiling(module):
+    module.compile(backend=no_backend)
+
+
+@pytest.mark.filterwarnings('ignore:.torch.jit.')
+@pytest.mark.parametrize('build', [
+    *map(patched, [by_closure, by_default, by_partial, by_method, by_compiled_forward, by_compiling]),
+    lambda: Levels(small()), lambda: Reader(small()), lambda: nn.Sequential(nn.BatchNorm2d(3, eps=0.), small()),
+    lambda: nn.Sequential(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3, eps=0.), nn.Dropout(.5))), small()),
+    lambda: nn.Sequential(torch.compile(small(drop_path_rate=.5), backend=no_backend)),
+], ids=['closure', 'default', 'partial', 'method', 'compiled-forward', 'compiled-module', 'list', 'hook', 'batch-norm',
+        'scripted', 'compiled-inside'])
+def test_what_stands_around_and_inside_runs_as_in_evaluation(build):
+    model, image = build().train(), noise(1, 3, 65, 100)
+    before = state_of(model), [b.clone() for b in model.buffers()], getattr(model, 'level', None)
+    same(attention_from(model, image, (.4, .6)), attention_from(small(), image, (.4, .6)))
+    assert state_of(model) == before[0] and getattr(model, 'level', None) is before[2]
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before[1], strict=True))
+
+
+class Running(nn.Module):
+    """Runs some networks, each as often as it is named."""
+
+    def __init__(self, nets, order, change=lambda x: x):
+        super().__init__()
+        self.nets, self.order, self.change = nn.ModuleList(nets), order, change
+
+    def forward(self, x):
+        return [self.nets[i](self.change(x)) for i in self.order]
+
+
+def without(part, forward):
+    model = small()
+    model.get_submodule(part).forward = forward
+    return model
+
+
+def with_identity(part):
+    model = small()
+    model.set_submodule(part, nn.Identity())
+    return model
+
+
 @pytest.mark.filterwarnings('ignore:.torch.jit.trace', 'ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize('at, image, model, match', [
     ((1.1, 0), (1, 3, 64, 64), small, r'`at` needs two numbers from 0 to 1, got \(1\.1, 0\)\. Pass x / width'),
@@ -310,7 +518,24 @@ def test_a_compiled_model_stays_compiled():
     ((.5, .5), (1, 3, 64, 64), lambda: torch.jit.trace(small(), noise(1, 3, 64, 64)), r'got TopLevelTracedModule'),
     ((.5, .5), (1, 3, 64, 64), lambda: nn.Sequential(nn.Upsample(scale_factor=2), small()),
      r'stage 0 should have a map of \(16, 16\) tokens, got \(32, 32\)\. Pass the CrossFormer inside'),
-], ids=['right', 'above', 'nan', 'one', 'batch', 'no-batch', 'vit', 'traced', 'scaled'])
+    ((.5, .5), (1, 3, 64, 64), lambda: Running([small()], [0], lambda x: torch.cat([x, x.flip(-1)])),
+     r'stage 0 should have a map of \(16, 16\) tokens, got 2 of \(16, 16\)\. Pass the CrossFormer inside'),
+    ((.5, .5), (1, 3, 64, 64), lambda: Running([small()], [0, 0]),
+     r'run every block once, got 2 runs of nets\.0\.stages\.0\.blocks\.0\.attn\. Pass the CrossFormer inside'),
+    ((.5, .5), (1, 3, 64, 64), lambda: Running([small()], []), r'got 0 runs of nets\.0\.stages\.0\.blocks\.0\.attn\.'),
+    ((.5, .5), (1, 3, 64, 64), lambda: Running([small(), small()], [0]),
+     'one CrossFormer, got 2 in Running. Pass the one'),
+    ((.5, .5), (1, 3, 4, 4), lambda: Running([small(), small()], [0, 1]), 'got 2 in Running'),  # maps of the right size
+    ((.5, .5), (1, 3, 64, 64), lambda: small().stages[1:], 'got 0 in Sequential'),
+    ((.5, .5), (1, 3, 64, 64), lambda: without('stages.1.blocks.0', lambda x: x),
+     r'got 0 runs of stages\.1\.blocks\.0\.attn\.'),
+    ((.5, .5), (1, 3, 64, 64), lambda: without('stages.1.blocks.0.attn', lambda x: x),
+     r'`qkv` and its `pos_bias`, got \[\] of stages\.1\.blocks\.0\.attn\. Pass it before'),
+    ((.5, .5), (1, 3, 64, 64), lambda: with_identity('stages.1.blocks.0'), r'got 0 in stages\.1\.blocks\.0\. Pass it'),
+    ((.5, .5), (1, 3, 64, 64), lambda: with_identity('stages.1.blocks.0.attn'), r'got 0 in stages\.1\.blocks\.0\.'),
+], ids=['right', 'above', 'nan', 'one', 'batch', 'no-batch', 'vit', 'traced', 'scaled', 'repeated', 'twice', 'never',
+        'two-one-runs', 'two-of-small-images', 'no-first-stage', 'block-skipped', 'attention-skipped', 'block-replaced',
+        'attention-replaced'])
 def test_errors_say_rule_value_and_remedy(at, image, model, match):
     model = model()
     flags = [m.training for m in model.modules()]

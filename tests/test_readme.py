@@ -1,18 +1,14 @@
 """Every code block of the README does what it says."""
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import train
 from common import official_weights
 
 from timm_crossformer.cli import build_parser, main
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-
-import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()

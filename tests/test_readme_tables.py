@@ -1,13 +1,9 @@
-"""benchmarks/readme.py and plot.py: the READMEs say what the committed result files hold."""
+"""benchmarks/docs/readme.py and plot.py: the READMEs say what the committed result files hold."""
 import itertools
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import re
 
 import cases
+import pytest
 import readme
 import rows
 import targets
@@ -49,13 +45,23 @@ def made_up(tmp_path_factory):
 
 
 def test_committed_tables_are_those_of_the_committed_results():
-    assert readme.main(['--check']) == 0, 'Run `python benchmarks/readme.py`.'
+    assert readme.main(['--check']) == 0, 'Run `python benchmarks/docs/readme.py`.'
+
+
+def test_scripts_that_are_named_are_there():
+    files = [
+        *readme.FILES, *readme.ROOT.glob('benchmarks/*/*.py'), *readme.ROOT.glob('benchmarks/results/train/*/*.txt'),
+        *(readme.ROOT / name for name in ('CONTRIBUTING.md', 'Makefile', 'pyproject.toml', 'weights/manifest.json'))]
+    named = {name for path in files for name in re.findall(r'benchmarks/[\w/]+\.py', path.read_text(encoding='utf-8'))}
+    assert len(named) >= 9
+    assert [name for name in sorted(named) if not (readme.ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'cost', 'csv_file', 'versions', 'weights'}))
 def test_tables_without_results_name_the_command(tmp_path, name):
     text = readme.TABLES[name](tmp_path)
-    script = name if name in ('operators', 'peers', 'roofline') else 'bench'
+    script = {'operators': 'speed/operators', 'peers': 'training/peers', 'roofline': 'speed/roofline'}.get(
+        name, 'speed/bench')
     assert ('not measured' if name == 'targets' else f'Not measured yet: `python benchmarks/{script}.py') in text
 
 

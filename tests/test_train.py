@@ -1,4 +1,4 @@
-"""benchmarks/train.py: it learns, and an interrupted run ends like an uninterrupted one."""
+"""benchmarks/training/train.py: it learns, and an interrupted run ends like an uninterrupted one."""
 import csv
 import json
 import signal
@@ -8,12 +8,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import peers
 import pytest
+import records
+import samples
 import torch
+import train
 from PIL import Image
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'train.py'
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+SCRIPT = BENCHMARKS / 'training' / 'train.py'
 SHORT = [
     'test_crossformer', '--epochs', '2', '--batch-size', '8', '--warmup-epochs', '1', '--threads', '1',
     '--device', 'cpu', '--drop-path', '0.1',
@@ -21,19 +27,6 @@ SHORT = [
 
 # timm's image folders leave it to the garbage collector to close files
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
-
-
-@pytest.fixture(scope='module')
-def train():
-    """The script as a module, with one thread."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    threads = torch.get_num_threads()
-    try:
-        import train
-        yield train
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')
@@ -66,7 +59,7 @@ def rows_of(folder):
      '--mixup-off-epoch', '1', '--auto-augment', 'rand-m9-mstd0.5-inc1', '--random-erasing', '0.25',
      '--layer-decay', '0.9'],
 ], ids=['batch', 'timm'])
-def test_killed_run_ends_like_an_uninterrupted_one(train, data, tmp_path, options):
+def test_killed_run_ends_like_an_uninterrupted_one(data, tmp_path, options):
     train.main(arguments(data, tmp_path / 'whole', *options))
 
     killed = arguments(data, tmp_path / 'killed', *options, '--checkpoint-steps', '2')
@@ -88,7 +81,7 @@ def test_killed_run_ends_like_an_uninterrupted_one(train, data, tmp_path, option
         assert torch.equal(whole[key], resumed[key]), f'{key} differs after resuming from step {steps}.'
 
 
-def test_loss_falls_and_the_files_are_there(train, data, tmp_path):
+def test_loss_falls_and_the_files_are_there(data, tmp_path):
     summary = tmp_path / 'summary.csv'
     for _ in range(2):  # the second run has nothing left to do
         last = train.train(train.parse_args(arguments(
@@ -103,7 +96,7 @@ def test_loss_falls_and_the_files_are_there(train, data, tmp_path):
     assert [(row['lr'], float(row['accuracy'])) for row in rows] == 2 * [('0.002', last['accuracy'])]
 
 
-def test_imagenet_recipe_is_the_official_one(train):
+def test_imagenet_recipe_is_the_official_one():
     args = train.parse_args(['crossformer_base', '--data', 'x', '--output', 'y', '--recipe', 'imagenet'])
     official = dict(
         epochs=300, warmup_epochs=20, batch_size=1024, opt='adamw', lr=5e-4, warmup_lr=5e-7, min_lr=5e-6,
@@ -113,36 +106,36 @@ def test_imagenet_recipe_is_the_official_one(train):
     assert {name: getattr(args, name) for name in official} == official
 
 
-def test_stopped_write_leaves_the_old_checkpoint(train, tmp_path, monkeypatch):
+def test_stopped_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / 'checkpoint.pt'
-    train.save_atomically({'step': 1}, path)
+    records.save_atomically({'step': 1}, path)
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.os, 'fsync', stop)
+    monkeypatch.setattr(records.os, 'fsync', stop)
     with pytest.raises(KeyboardInterrupt):
-        train.save_atomically({'step': 2}, path)
+        records.save_atomically({'step': 2}, path)
     assert torch.load(path, weights_only=True) == {'step': 1}
 
 
-def test_resuming_with_other_arguments_is_refused(train, data, tmp_path):
+def test_resuming_with_other_arguments_is_refused(data, tmp_path):
     train.main(arguments(data, tmp_path, '--img-size', '16', '--epochs', '1'))
     with pytest.raises(ValueError, match='other values of epochs, lr'):
         train.main(arguments(data, tmp_path, '--img-size', '16', '--lr', '1', '--epochs', '3'))
 
 
-def test_ranks_share_each_batch(train):
-    whole = list(train.Batches(torch.arange(20), 6, 1, 0, 0, 0, 1))
-    halves = [list(train.Batches(torch.arange(20), 6, 1, 0, 0, rank, 2)) for rank in range(2)]
+def test_ranks_share_each_batch():
+    whole = list(samples.Batches(torch.arange(20), 6, 1, 0, 0, 0, 1))
+    halves = [list(samples.Batches(torch.arange(20), 6, 1, 0, 0, rank, 2)) for rank in range(2)]
     assert len(whole) == 3
     for batch, first, second in zip(whole, *halves, strict=True):
         assert sorted(batch) == sorted(first + second)
-    assert list(train.Batches(torch.arange(20), 6, 1, 2, 0, 0, 1)) == whole[2:]
+    assert list(samples.Batches(torch.arange(20), 6, 1, 2, 0, 0, 1)) == whole[2:]
 
 
-def test_validation_on_the_training_split_takes_other_images(train, data, tmp_path):
-    first, last = train.random_subset(20, 12), train.random_subset(20, 8, last=True)
+def test_validation_on_the_training_split_takes_other_images(data, tmp_path):
+    first, last = samples.random_subset(20, 12), samples.random_subset(20, 8, last=True)
     assert sorted([*first.tolist(), *last.tolist()]) == list(range(20))
     split = ['--val-split', 'train', '--img-size', '16', '--epochs', '1', '--train-limit', '40', '--val-limit']
     train.main(arguments(data, tmp_path, *split, '8'))
@@ -152,9 +145,7 @@ def test_validation_on_the_training_split_takes_other_images(train, data, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize('what, shown', [('peers', 'Hiera'), ('ablations', 'without position bias')])
-def test_contestants_are_equally_large_and_end_in_a_table(train, data, tmp_path, what, shown):
-    import pandas as pd
-    import peers
+def test_contestants_are_equally_large_and_end_in_a_table(data, tmp_path, what, shown):
     names = list(peers.CONTESTANTS[what])
     assert len(names) == len({str(peers.arguments_of(name, 32)) for name in names})
     peers.main([
@@ -166,14 +157,13 @@ def test_contestants_are_equally_large_and_end_in_a_table(train, data, tmp_path,
     assert shown in (tmp_path / 'out.svg').read_text()
 
 
-def test_contestants_of_other_sizes_are_refused(train, monkeypatch):
-    import peers
+def test_contestants_of_other_sizes_are_refused(monkeypatch):
     monkeypatch.setattr(peers, 'TOLERANCE', 1e-3)
     with pytest.raises(ValueError, match='Contestants need equal parameters within 0%, got 615868 for Swin and 633352'):
         peers.main(['--data', '', '--work', '', '--csv', ''])
 
 
-def test_parameters_kept_at_zero_stay_there(train, data, tmp_path):
+def test_parameters_kept_at_zero_stay_there(data, tmp_path):
     train.train(train.parse_args(arguments(
         data, tmp_path, '--img-size', '16', '--zero', 'blocks.1.attn.pos_bias')))
     weights = load_file(tmp_path / 'model.safetensors')
@@ -198,7 +188,7 @@ def test_bundled_weights_are_those_that_were_measured():
     weights, (source,) = weights_dir() / record['bundled'], record['sources']
     assert (source['size'], source['sha256']) == (weights.stat().st_size, sha256(weights))
     assert source['size'] < 4e6
-    results = SCRIPT.parent / 'results' / 'train' / 'test_crossformer.cifar10'
+    results = BENCHMARKS / 'results' / 'train' / 'test_crossformer.cifar10'
     with open(results / 'accuracy.csv', newline='') as file:
         row, = csv.DictReader(file)
     metric, = record['metrics']

@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-
 import versions
 
 NEWEST = dict(line.split('==') for line in versions.constraints('newest'))['torch']

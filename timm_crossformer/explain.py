@@ -1,11 +1,10 @@
 """What a model looks at: attention weights as they run, beside a forward pass."""
-from contextlib import ExitStack
-from typing import Any, Dict, List, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, List, Sequence, Tuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ._modes import evaluating
+from ._modes import evaluation_copy
 from .layers.attention import GroupAttention
 from .model import CrossFormerStage
 from .ops.cpu import promote
@@ -17,7 +16,8 @@ def attention_from(model: nn.Module, image: Tensor, at: Sequence[float]) -> List
     """Say how much every token is attended to by the token that holds a point of the image, in every block.
 
     The model runs once, as in evaluation, with whatever attention it has; queries, keys and position biases are looked
-    at on their way. Afterwards it is as it was, even if it fails.
+    at on their way. What runs are copies of its modules, with its weights: other threads may use the model, or train
+    it, at the same time, and it is as it was, even if it fails.
 
     Args:
         model: A CrossFormer, a pyramid of `features_only=True`, or a module that hands the image on to one as it is.
@@ -30,44 +30,46 @@ def attention_from(model: nn.Module, image: Tensor, at: Sequence[float]) -> List
         long-distance attention. `token_at` says which token asks.
 
     Raises:
-        ValueError: The model holds no CrossFormer or more than one, or scales the image; the image is not one image;
-            the point lies outside.
+        ValueError: The model holds no CrossFormer or more than one, scales or repeats the image, or runs a block never
+            or more than once, or without its attention; the image is not one image; the point lies outside.
     """
-    stages = [module for module in model.modules() if isinstance(module, CrossFormerStage)]
+    given, model = type(model).__name__, evaluation_copy(model)
+    names = {module: name for name, module in model.named_modules()}
+    stages = [module for module in names if isinstance(module, CrossFormerStage)]
     if not stages:
         raise ValueError(
-            f'`model` needs to be or to hold a CrossFormer of timm_crossformer, got {type(model).__name__}. Create it '
-            'with timm.create_model, and pass it before tracing, scripting or export.')
+            f'`model` needs to be or to hold a CrossFormer of timm_crossformer, got {given}. Create it with '
+            'timm.create_model, and pass it before tracing, scripting or export.')
+    networks = sum(isinstance(stage.downsample, nn.Identity) for stage in stages)  # in first stages alone
+    if networks != 1:
+        raise ValueError(
+            f'`model` needs to hold one CrossFormer, got {networks} in {given}. Pass the one to look into.')
     if image.ndim != 4 or image.shape[0] != 1:
         raise ValueError(
             f'`image` needs shape [1, channels, height, width], got {list(image.shape)}. Pass images one by one.')
     height, width = image.shape[2:]
-    tokens = [token_at(at, height, width, stage) for stage in range(len(stages))]
-    sizes = [(-(-height // (4 * 2 ** i)), -(-width // (4 * 2 ** i))) for i in range(len(stages))]
-    stage_of = {block.attn: i for i, stage in enumerate(stages) for block in cast(Any, stage.blocks)}
-    maps: List[List[Tensor]] = [[] for _ in stages]
-    seen: Dict[nn.Module, Tensor] = {}
-
-    def keep(module: nn.Module, args: Any, out: Tensor) -> None:
-        seen[module] = out
-
-    def weigh(attn: Any, args: Any, out: Tensor) -> None:
-        qkv, table = seen.pop(attn.qkv), seen.pop(attn.pos_bias)
-        stage = stage_of[attn]
-        if tuple(qkv.shape[1:3]) != sizes[stage]:
+    seen: Dict[str, List[Tensor]] = {}
+    maps: List[List[List[Tensor]]] = []
+    for i, stage in enumerate(stages):
+        token = token_at(at, height, width, i)
+        size = -(-height // (4 * 2 ** i)), -(-width // (4 * 2 ** i))
+        maps.append([])
+        for block in cast(nn.Module, stage.blocks).children():
+            inside = [module for module in block.modules() if isinstance(module, GroupAttention)]
+            if len(inside) != 1:
+                raise ValueError(
+                    f'`model` needs one GroupAttention in every block, got {len(inside)} in {names[block]}. Pass it '
+                    'before its attention is replaced.')
+            name = names[inside[0]]
+            seen[name] = _watch(inside[0], f'stage {i}', name, token, size)
+            maps[i].append(seen[name])
+    model(image)
+    for name, found in seen.items():
+        if len(found) != 1:
             raise ValueError(
-                f'`model` needs to hand the image to one CrossFormer as it is: stage {stage} should have a map of '
-                f'{sizes[stage]} tokens, got {tuple(qkv.shape[1:3])}. Pass the CrossFormer inside.')
-        maps[stage].append(_weights_of(attn, qkv, table, tokens[stage]))
-
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        for attn in stage_of:
-            for part, hook in ((attn.qkv, keep), (attn.pos_bias, keep), (attn, weigh)):
-                stack.callback(part.register_forward_hook(hook).remove)
-        stack.enter_context(torch.compiler.set_stance('force_eager'))  # compiled code runs no hook
-        model(image)
-    return maps
+                f'`model` needs to run every block once, got {len(found)} runs of {name}. Pass the CrossFormer inside, '
+                'with all of its blocks.')
+    return [[found[0] for found in blocks] for blocks in maps]
 
 
 def token_at(at: Sequence[float], height: int, width: int, stage: int) -> Tuple[int, int]:
@@ -91,6 +93,41 @@ def token_at(at: Sequence[float], height: int, width: int, stage: int) -> Tuple[
     x, y = at
     column, row = min(int(x * width), width - 1), min(int(y * height), height - 1)  # the far edge is the last pixel
     return row // (4 * 2 ** stage), column // (4 * 2 ** stage)
+
+
+def _watch(attn: GroupAttention, stage: str, name: str, token: Tuple[int, int], size: Tuple[int, int]) -> List[Tensor]:
+    """Hook an attention, and return a list that gets the weights of every run of it.
+
+    Args:
+        attn: To watch from now on.
+        stage: Its stage, for messages.
+        name: Its name, for messages.
+        token: Row and column of the token that asks.
+        size: Rows and columns that the map should have.
+    """
+    parts: Dict[str, Tensor] = {}
+    found: List[Tensor] = []
+
+    def keep(part: str) -> Callable[..., None]:
+        return lambda module, args, out: parts.update({part: out})
+
+    def weigh(module: Any, args: Any, out: Any) -> None:
+        if len(parts) != 2:
+            raise ValueError(
+                f'`model` needs attention that runs its `qkv` and its `pos_bias`, got {sorted(parts)} of {name}. '
+                'Pass it before its attention is replaced.')
+        qkv, table = parts.pop('qkv'), parts.pop('pos_bias')
+        images, *got = qkv.shape[:3]
+        if images != 1 or tuple(got) != size:
+            raise ValueError(
+                f'`model` needs to hand the image to one CrossFormer as it is: {stage} should have a map of {size} '
+                f'tokens, got {f"{images} of " * (images != 1)}{tuple(got)}. Pass the CrossFormer inside.')
+        found.append(_weights_of(attn, qkv, table, token))
+
+    attn.qkv.register_forward_hook(keep('qkv'))
+    attn.pos_bias.register_forward_hook(keep('pos_bias'))
+    attn.register_forward_hook(weigh)
+    return found
 
 
 def _weights_of(attn: GroupAttention, qkv: Tensor, table: Tensor, token: Tuple[int, int]) -> Tensor:

@@ -15,9 +15,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
-
 import versions
 
 ROOT = Path(__file__).parents[2]

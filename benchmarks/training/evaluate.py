@@ -1,7 +1,7 @@
 """Measure the accuracy of a classifier on a parquet file of images, at one size or several, without training.
 
-    python benchmarks/evaluate.py test_crossformer.cifar10 --data DIR
-    python benchmarks/evaluate.py test_crossformer.cifar10 --data DIR --img-size 24 32 48 64 --groupings
+    python benchmarks/training/evaluate.py test_crossformer.cifar10 --data DIR
+    python benchmarks/training/evaluate.py test_crossformer.cifar10 --data DIR --img-size 24 32 48 64 --groupings
 
 The model's own pre-processing is used, but for the image size. With --groupings every size is measured with each
 long-distance grouping, with and without `fit_groups`. Rows go to --csv; a plot over sizes to --plot.

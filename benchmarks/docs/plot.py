@@ -1,4 +1,4 @@
-"""Draw the plots of the READMEs from the CSV files: `python benchmarks/plot.py`, into benchmarks/plots."""
+"""Draw the plots of the READMEs from the CSV files: `python benchmarks/docs/plot.py`, into benchmarks/plots."""
 import argparse
 import sys
 from pathlib import Path
@@ -6,12 +6,10 @@ from typing import List, Optional, Sequence
 
 import matplotlib
 import numpy as np
-import rows
-from cases import LINEAR, OURS, PEERS, SIZES, SMALL, SWIN
 from matplotlib.figure import Figure
-from readme import hardware, read_csv, short, threads_words
+from readme import cases, hardware, read_csv, rows, short, threads_words
 
-PLOTS = Path(__file__).parent / 'plots'
+PLOTS = Path(__file__).parents[1] / 'plots'
 STYLE = {
     'svg.hashsalt': 'crossformer',  # the same file from the same rows
     'svg.fonttype': 'none',
@@ -28,7 +26,7 @@ STYLE = {
 def throughput(results: Path) -> Optional[Figure]:
     """Draw images per second at 224 px over multiply-adds, ours and peers, a panel for each processor."""
     measured = rows.read(results, 'infer', '*', '*', size='224', task='logits', mode='eager')
-    measured = measured[measured['contestant'].isin([*OURS, *PEERS])]
+    measured = measured[measured['contestant'].isin([*cases.OURS, *cases.PEERS])]
     panels = []
     for _, panel in measured[::-1].groupby(['hardware', 'dtype'], sort=False):
         panel = rows.latest(rows.pick(panel[::-1], batch=panel['batch'].max(), threads=panel['threads'].max()))
@@ -46,7 +44,7 @@ def throughput(results: Path) -> Optional[Figure]:
             overlap = np.maximum(0, line - np.diff(heights)) / 4
             heights = heights - np.append(overlap, 0) + np.append(0, overlap)
         for height, (_, row) in zip(heights, panel.iterrows(), strict=True):
-            ours = row['contestant'] in OURS
+            ours = row['contestant'] in cases.OURS
             color = 'C0' if ours else '0.45'
             axes.plot([row['gmacs'], right * 1.04], [row['rate'], height], color=color, linewidth=.5, alpha=.6)
             axes.plot(row['gmacs'], row['rate'], 'o' if ours else 's', color=color)
@@ -64,8 +62,8 @@ def time_per_megapixel(results: Path) -> Optional[Figure]:
     """Draw time per megapixel over image size: crossformer_small with each grouping, and Swin."""
     measured = rows.latest(rows.read(results, 'sizes'))
     measured = rows.pick(measured, threads=measured['threads'].max())
-    lines = {f'{SMALL} (map)': SMALL, **{short(name): name for name in LINEAR},
-             f'{SMALL} map, fit_groups': f'{SMALL} fit_groups=True', 'swin_tiny': SWIN}
+    lines = {f'{cases.SMALL} (map)': cases.SMALL, **{short(name): name for name in cases.LINEAR},
+             f'{cases.SMALL} map, fit_groups': f'{cases.SMALL} fit_groups=True', 'swin_tiny': cases.SWIN}
     measured = measured[measured['contestant'].isin(lines.values())]
     if measured.empty:
         return None
@@ -76,9 +74,9 @@ def time_per_megapixel(results: Path) -> Optional[Figure]:
     axes = figure.subplots()
     for label, name in lines.items():
         if name in paces:
-            color = '0.5' if name == SWIN else None
+            color = '0.5' if name == cases.SWIN else None
             axes.plot(paces[name].dropna(), marker='o', markersize=4, label=label, color=color)
-    ticks = measured.groupby('size')['side'].first().reindex(SIZES).dropna()
+    ticks = measured.groupby('size')['side'].first().reindex(cases.SIZES).dropna()
     axes.set_xscale('log', base=2)
     axes.set_xticks(ticks, ticks.index, rotation=60)
     axes.minorticks_off()
@@ -144,7 +142,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 _save(figure, args.plots / f'{name}.svg')
                 print(args.plots / f'{name}.svg')
     if missing:
-        print(f'Nothing measured for {", ".join(missing)}: run `python benchmarks/bench.py all`.', file=sys.stderr)
+        print(
+            f'Nothing measured for {", ".join(missing)}: run `python benchmarks/speed/bench.py all`.', file=sys.stderr)
     return 1 if missing else 0
 
 

@@ -1,8 +1,8 @@
 """Measure CrossFormer and its peers; each case becomes a row of a CSV file.
 
-    python benchmarks/bench.py all --quick     everything the READMEs quote but training
-    python benchmarks/bench.py infer           one part of it; `--help` lists the parts and their options
-    python benchmarks/bench.py targets         what the rows in benchmarks/results say about the targets
+    python benchmarks/speed/bench.py all --quick    everything the READMEs quote but training
+    python benchmarks/speed/bench.py infer          one part of it; `--help` lists the parts and their options
+    python benchmarks/speed/bench.py targets        what the rows in benchmarks/results say about the targets
 
 Contestants take turns (A B C A B C ...), so a slow moment of the machine hits all of them, and a ratio of two of them
 is the median over rounds of the ratios within a round. Every round begins with a large matrix product: the rate that

@@ -1,6 +1,6 @@
 """Train networks alike, and compare: same script, data, epochs, image size and, within 5 %, parameters.
 
-    python benchmarks/peers.py --data DIR --work DIR --csv FILE --plot FILE --seeds 0 1 2 [-- OPTIONS OF train.py]
+    python benchmarks/training/peers.py --data DIR --work DIR --csv FILE --plot FILE --seeds 0 1 2 [-- MORE OF train.py]
 
 Contestants: `peers` are a CrossFormer and networks of other families, `ablations` are CrossFormers that each lack, or
 change, one thing. Runs one after the other, each in a folder of its own below --work; the same command goes on after an

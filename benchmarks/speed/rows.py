@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from cases import pixels_of
 
-RESULTS = Path(__file__).parent / 'results'
+RESULTS = Path(__file__).parents[1] / 'results'
 KEY = ['contestant', 'task', 'mode', 'size', 'batch', 'dtype', 'device', 'threads']
 COLUMNS = [
     'run', *KEY, 'params_m', 'gmacs', 'rounds', 'median_ms', 'min_ms', 'gflops', 'gemm_gflops', 'gemm_share',

@@ -1,7 +1,7 @@
 """Fill the tables of the READMEs from result files, so that no number is typed by hand.
 
-    python benchmarks/readme.py            write
-    python benchmarks/readme.py --check    exit with 1 if a file differs from what would be written
+    python benchmarks/docs/readme.py            write
+    python benchmarks/docs/readme.py --check    exit with 1 if a file differs from what would be written
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is one of `TABLES`; words after it are
 arguments, as in `<!-- table: csv_file train/peers.csv model accuracy -->`.
@@ -13,15 +13,18 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-import cases
 import pandas as pd
+import versions as ci
+
+sys.path.append(str(Path(__file__).parents[1] / 'speed'))  # what most tables are about
+
+import cases
 import rows
 import targets as goals
-import versions as ci
 from cases import BIRDER, OURS, PP_SMALL, SIZES, SWIN, VIT_PYTORCH, size_contestants
 from rows import RESULTS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = [ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md']
 BLOCK = re.compile(r'(<!-- table: (?P<name>[^\n]*?) -->\n).*?(<!-- /table -->)', re.DOTALL)
 
@@ -101,7 +104,7 @@ def speed(results: Path, few: str = '') -> str:
     names = [name for name in ([*OURS[:3], SWIN, cases.CONVNEXT] if few else [*OURS, *cases.PEERS])
              if name in measured.index]
     if not names:
-        return markdown(pd.DataFrame(), 'python benchmarks/bench.py infer')
+        return markdown(pd.DataFrame(), 'python benchmarks/speed/bench.py infer')
     facts = measured[~measured.index.duplicated()].loc[names]
     body = {f'fp32, 224 px ({hardware(measured)})': [short(name) for name in names],
             'params (M)': _text(facts['params_m'], '{:.1f}'), 'GMACs': _text(facts['gmacs'], '{:.2f}')}
@@ -138,7 +141,7 @@ def ratios(results: Path) -> str:
             if any(found):
                 body.append([short(ours), short(peer), words, *_faster(*found), machine])
     head = ['the same network', 'against', 'at 224 px', 'faster, 1 thread', 'faster, 2 threads', 'on']
-    return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/bench.py infer')
+    return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/speed/bench.py infer')
 
 
 @table
@@ -156,7 +159,7 @@ def sizes(results: Path, fit: str = '') -> str:
         pace = f'{row.median_ms / row.megapixels:.0f}'
         body.append([row.contestant, row.size, f'{pace} ({relative:.2f})' if relative and row.size != '224' else pace])
     case = '' if measured.empty else f', {threads_words(measured["threads"].max())} ({hardware(measured)})'
-    return _by_size(body, names, f'ms per megapixel, batch 1, fp32{case}', 'python benchmarks/bench.py sizes')
+    return _by_size(body, names, f'ms per megapixel, batch 1, fp32{case}', 'python benchmarks/speed/bench.py sizes')
 
 
 @table
@@ -166,7 +169,7 @@ def memory(results: Path) -> str:
     body = [[row.contestant, row.size, f'{row.peak_mib:.0f}'] for row in measured.itertuples()]
     names = [*OURS[:3], *dict.fromkeys(measured['contestant'])]
     head = f'peak MiB, feature pyramid, batch 1, fp32 ({hardware(measured)})'
-    return _by_size(body, list(dict.fromkeys(names)), head, 'python benchmarks/bench.py memory')
+    return _by_size(body, list(dict.fromkeys(names)), head, 'python benchmarks/speed/bench.py memory')
 
 
 def _by_size(body: List[List[str]], names: Sequence[str], head: str, command: str) -> str:
@@ -188,7 +191,7 @@ def compiled(results: Path) -> str:
         ratio = rows.ratio(measured, where, {**where, 'mode': 'compile'})
         body.append([short(row.contestant), row.size, row.batch, row.threads, *_faster(ratio)])
     head = ['model', 'px', 'batch', 'threads', 'faster than eager']
-    return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/bench.py compile')
+    return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/speed/bench.py compile')
 
 
 @table
@@ -200,7 +203,7 @@ def operators(results: Path) -> str:
         frame.insert(0, 'ms', frame['contestant'].map(short))
         frame.insert(1, 'case', task + ', ' + frame['size'] + ' px, batch ' + frame['batch'])
         frame = frame.drop(columns=['contestant', 'task', 'size', 'batch', 'hardware', 'torch', 'timm'])
-    return markdown(frame, 'python benchmarks/operators.py')
+    return markdown(frame, 'python benchmarks/speed/operators.py')
 
 
 @table
@@ -216,7 +219,7 @@ def roofline(results: Path) -> str:
             'launches': frame['launches'], 'GFLOP': _text(frame['gflops'], '{:.0f}'),
             'MiB moved': _text(frame['mib'], '{:.0f}'),
             **{f'estimated ms, {name.partition("_")[0]}': _text(frame[name], '{:.2f}') for name in cards}})
-    return markdown(frame, 'python benchmarks/roofline.py')
+    return markdown(frame, 'python benchmarks/speed/roofline.py')
 
 
 @table
@@ -250,7 +253,7 @@ def peers(results: Path, name: str = 'peers') -> str:
     """Compare the networks that were trained alike, over their seeds: benchmarks/results/train/NAME.csv."""
     frame = read_csv(results / 'train' / f'{name}.csv', dtype={'mmacs': str})
     if frame.empty:
-        return markdown(frame, 'python benchmarks/peers.py')
+        return markdown(frame, 'python benchmarks/training/peers.py')
     budget = '{data}, {train_images} images, {epochs} epochs, {img_size} px'.format(**frame.iloc[0])
     runs = frame.groupby('model', sort=False)
     accuracy = runs['accuracy']
@@ -282,7 +285,7 @@ def variants(results: Path, root: Path = ROOT) -> str:
             '; '.join(dict.fromkeys(record['license'] or 'not stated' for record in stated)),
         ])
     head = ['variant', 'params (M)', 'GMACs', 'at px', 'top-1 on ImageNet-1k (source)', 'licence of weights']
-    return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/bench.py variants')
+    return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/speed/bench.py variants')
 
 
 @table
@@ -367,7 +370,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if not args.check:
                 path.write_text(filled, encoding='utf-8')
     for path in stale:
-        print(f'{path}: {"differs; run `python benchmarks/readme.py`" if args.check else "written"}')
+        print(f'{path}: {"differs; run `python benchmarks/docs/readme.py`" if args.check else "written"}')
     return 1 if stale and args.check else 0
 
 

@@ -1,6 +1,6 @@
 """Where the time goes: milliseconds by kind of operator, of a CrossFormer beside its peer.
 
-    python benchmarks/operators.py
+    python benchmarks/speed/operators.py
 
 Contestants take turns; times are means over rounds of what PyTorch's profiler counts for an operator without those
 inside it. Writes results/operators.csv.

@@ -1,7 +1,7 @@
 """Which versions of Python, torch and timm CI runs, from pyproject.toml.
 
-    python benchmarks/versions.py oldest    constraints for an installer: the floors of `dependencies`
-    python benchmarks/versions.py newest    the newest versions, as they are recorded
+    python benchmarks/docs/versions.py oldest    constraints for an installer: the floors of `dependencies`
+    python benchmarks/docs/versions.py newest    the newest versions, as they are recorded
 """
 import re
 import sys
@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Dict, List
 
-PYPROJECT = Path(__file__).parents[1] / 'pyproject.toml'
+PYPROJECT = Path(__file__).parents[2] / 'pyproject.toml'
 
 
 def read() -> dict:

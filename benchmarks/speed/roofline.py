@@ -1,6 +1,6 @@
 """Estimate on paper where the time of inference goes on a GPU. No GPU is needed, and none was asked.
 
-    python benchmarks/roofline.py     writes results/roofline.csv
+    python benchmarks/speed/roofline.py     writes results/roofline.csv
 
 The model runs on fake CUDA tensors, which have shapes but no numbers. Each operator that reaches the dispatcher has
 FLOPs by torch's formulas, bytes (its arguments and results moved once), and a launch unless all its results have fewer
