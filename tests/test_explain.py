@@ -412,23 +412,6 @@ class Levels(nn.Module):
         return x
 
 
-class Reader(nn.Module):
-    """Reads a level that a hook keeps."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.level = net, None
-
-        def keep(module, args, out):
-            self.level = out
-
-        net.stages[1].register_forward_hook(keep)
-
-    def forward(self, x):
-        self.net(x)
-        return self.level.mean()
-
-
 def no_backend(graph, inputs):
     raise AssertionError('nothing should be compiled here')
 
@@ -469,18 +452,28 @@ def by_compiling(module):
 
 @pytest.mark.filterwarnings('ignore:.torch.jit.')
 @pytest.mark.parametrize('build', [
-    *map(patched, [by_closure, by_default, by_partial, by_method, by_compiled_forward, by_compiling]),
-    lambda: Levels(small()), lambda: Reader(small()), lambda: nn.Sequential(nn.BatchNorm2d(3, eps=0.), small()),
+    *map(patched, [by_method, by_compiled_forward, by_compiling]),
+    lambda: nn.Sequential(nn.BatchNorm2d(3, eps=0.), small()),
     lambda: nn.Sequential(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3, eps=0.), nn.Dropout(.5))), small()),
     lambda: nn.Sequential(torch.compile(small(drop_path_rate=.5), backend=no_backend)),
-], ids=['closure', 'default', 'partial', 'method', 'compiled-forward', 'compiled-module', 'list', 'hook', 'batch-norm',
-        'scripted', 'compiled-inside'])
+], ids=['method', 'compiled-forward', 'compiled-module', 'batch-norm', 'scripted', 'compiled-inside'])
 def test_what_stands_around_and_inside_runs_as_in_evaluation(build):
     model, image = build().train(), noise(1, 3, 65, 100)
     before = state_of(model), [b.clone() for b in model.buffers()], getattr(model, 'level', None)
     same(attention_from(model, image, (.4, .6)), attention_from(small(), image, (.4, .6)))
     assert state_of(model) == before[0] and getattr(model, 'level', None) is before[2]
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before[1], strict=True))
+
+
+@pytest.mark.parametrize('build', [
+    *map(patched, [by_closure, by_default, by_partial]), lambda: Levels(small())],
+    ids=['closure', 'default', 'partial', 'list'])
+def test_what_would_call_the_model_itself_is_refused(build):
+    model, image = build().train(), noise(1, 3, 65, 100)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r'Call `eval\(\)` first|every block once'):
+        attention_from(model, image, (.4, .6))
+    assert state_of(model) == before
 
 
 class Running(nn.Module):

@@ -83,3 +83,10 @@ def has_hooks(module: nn.Module) -> bool:
         nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks,
         nn_module._global_backward_hooks, nn_module._global_backward_pre_hooks)
     return any(own) or any(of_all)
+
+
+def as_written(compiled: Any) -> Any:
+    """Return the module or function that `torch.compile` was given, or what is none of its results itself."""
+    if isinstance(compiled, torch._dynamo.OptimizedModule):
+        return compiled._orig_mod
+    return getattr(compiled, '_torchdynamo_orig_callable', compiled) if callable(compiled) else compiled
