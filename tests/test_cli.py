@@ -14,7 +14,8 @@ from common import small
 from PIL import Image
 
 import timm_crossformer
-from timm_crossformer import cli, explain, hub, viz
+from timm_crossformer import cli, explain, viz
+from timm_crossformer.checkpoints import hub
 
 
 @pytest.fixture(scope='module')

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import timm_crossformer  # noqa: F401
-from timm_crossformer.convert import (
+from timm_crossformer.checkpoints.fitting import (
     CheckpointError,
     _variants,
     convert_state_dict,
@@ -28,7 +28,7 @@ from timm_crossformer.convert import (
     read_checkpoint,
     safe_globals,
 )
-from timm_crossformer.hub import convert_file, load_model, verify_directory
+from timm_crossformer.checkpoints.hub import convert_file, load_model, verify_directory
 from timm_crossformer.variants import VARIANTS
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -816,7 +816,7 @@ def test_interrupted_writing_leaves_what_was_there(official, tmp_path, monkeypat
         path.write_bytes(b'half')
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('timm_crossformer.hub.save_file', half)
+    monkeypatch.setattr('timm_crossformer.checkpoints.hub.save_file', half)
     with pytest.raises(KeyboardInterrupt):
         convert_file(tmp_path / 's.pth', tmp_path / 'out', overwrite=overwrite)
     assert sorted(path.name for path in tmp_path.iterdir()) == (['out', 's.pth'] if overwrite else ['s.pth'])

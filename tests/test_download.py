@@ -8,8 +8,8 @@ import types
 import pytest
 from host_server import HostServer
 
-from timm_crossformer import download as downloads
-from timm_crossformer.download import FetchError, download, download_drive
+from timm_crossformer.checkpoints import transfer as downloads
+from timm_crossformer.checkpoints.transfer import FetchError, download, download_drive
 
 DATA = bytes(range(256)) * 5000
 PART = len(DATA) // 16

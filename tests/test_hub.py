@@ -12,9 +12,9 @@ import torch
 from hub_server import HubServer
 
 import timm_crossformer  # noqa: F401
-from timm_crossformer import hub
-from timm_crossformer.convert import CheckpointError
-from timm_crossformer.hub import FetchError, convert_file, load_model, push_directory
+from timm_crossformer.checkpoints import hub
+from timm_crossformer.checkpoints.fitting import CheckpointError
+from timm_crossformer.checkpoints.hub import FetchError, convert_file, load_model, push_directory
 
 REPO = 'someone/small-cross'
 

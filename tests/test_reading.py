@@ -22,8 +22,8 @@ import pytest
 import torch
 from torch import nn
 
-from timm_crossformer.convert import read_checkpoint
-from timm_crossformer.reading import CheckpointError, Foreign
+from timm_crossformer.checkpoints.fitting import read_checkpoint
+from timm_crossformer.checkpoints.reading import CheckpointError, Foreign
 
 WEIGHTS = {
     'a.weight': torch.arange(6.).view(2, 3), 'a.bias': torch.tensor([1., -2.], dtype=torch.float16),

@@ -17,10 +17,12 @@ from host_server import HostServer
 from hub_server import HubServer
 from test_reading import write_oneflow
 
-from timm_crossformer import cli, download, hub, store
-from timm_crossformer.convert import CheckpointError
-from timm_crossformer.download import FetchError
-from timm_crossformer.hub import verify_directory
+from timm_crossformer import cli
+from timm_crossformer.checkpoints import hub, store
+from timm_crossformer.checkpoints import transfer as download
+from timm_crossformer.checkpoints.fitting import CheckpointError
+from timm_crossformer.checkpoints.hub import verify_directory
+from timm_crossformer.checkpoints.transfer import FetchError
 
 TINY = 'crossformer_tiny.in1k'
 FPN = 'crossformer_small.semantic_fpn_ade20k'

@@ -192,7 +192,7 @@ def test_torchrun(data, tmp_path):
 
 
 def test_bundled_weights_are_those_that_were_measured():
-    from timm_crossformer.hub import manifest, sha256, weights_dir
+    from timm_crossformer.checkpoints.hub import manifest, sha256, weights_dir
 
     record = next(record for record in manifest() if record['tag'] == 'test_crossformer.cifar10')
     weights, (source,) = weights_dir() / record['bundled'], record['sources']

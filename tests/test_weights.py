@@ -8,7 +8,7 @@ import timm
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_crossformer  # noqa: F401
-from timm_crossformer import hub
+from timm_crossformer.checkpoints import hub
 from timm_crossformer.config import per_stage
 from timm_crossformer.crossformer import default_cfgs
 from timm_crossformer.variants import VARIANTS

@@ -19,8 +19,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line and return the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    from .convert import CheckpointError  # late, so that --help needs no PyTorch
-    from .hub import FetchError
+    from .checkpoints.fitting import CheckpointError  # late, so that --help needs no PyTorch
+    from .checkpoints.hub import FetchError
 
     try:
         return args.run(args)
@@ -130,8 +130,8 @@ def _add_list(subparsers: Any) -> None:
 def _list(args: argparse.Namespace) -> int:
     import fnmatch
 
-    from .hub import manifest
-    from .store import places
+    from .checkpoints.hub import manifest
+    from .checkpoints.store import places
 
     records = [dict(record, weights=places(record)) for record in manifest()
                if fnmatch.fnmatch(record['tag'], f'{args.pattern}*')]
@@ -164,7 +164,7 @@ def _add_fetch(subparsers: Any) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from .store import cross_check, fetch
+    from .checkpoints.store import cross_check, fetch
 
     if args.file and (len(args.tags) > 1 or args.source or args.cross_check):
         return _fail('--from is for one tag, without --source and --cross-check.', USAGE)
@@ -210,7 +210,7 @@ def _add_convert(subparsers: Any) -> None:
 def _convert(args: argparse.Namespace) -> int:
     import torch
 
-    from .hub import convert_file
+    from .checkpoints.hub import convert_file
 
     dtype = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16, None: None}[args.dtype]
     source = Path(args.source)
@@ -259,7 +259,7 @@ def _add_verify(subparsers: Any) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .hub import verify_directory
+    from .checkpoints.hub import verify_directory
 
     checks = verify_directory(args.directory, args.against)
     ok = all(check['ok'] for check in checks)
@@ -277,7 +277,7 @@ def _add_push(subparsers: Any) -> None:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from .hub import push_directory
+    from .checkpoints.hub import push_directory
 
     result = push_directory(args.directory, args.repo_id, args.private, args.dry_run)
     rows = [[name, _size(size)] for name, size in result['files'].items()]
@@ -308,7 +308,7 @@ def _add_weights(parser: Any) -> None:
 
 
 def _load(args: argparse.Namespace, **kwargs: Any) -> Any:
-    from .hub import bundled_weights, load_model
+    from .checkpoints.hub import bundled_weights, load_model
 
     if args.model is None and args.weights is None:
         args.model = next((tag for tag, _, _ in bundled_weights()), 'crossformer_tiny')
@@ -533,7 +533,7 @@ def _add_exec(subparsers: Any) -> None:
 
 
 def _exec(args: argparse.Namespace) -> int:
-    from .convert import safe_globals
+    from .checkpoints.fitting import safe_globals
 
     script = Path(args.script)
     if not script.is_file():

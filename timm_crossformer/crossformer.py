@@ -7,10 +7,10 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from .convert import CheckpointError, convert_state_dict, read_checkpoint
-from .hub import bundled_weights, explain_failure, fetch_weights, file_to_read
+from .checkpoints.fitting import CheckpointError, convert_state_dict, read_checkpoint
+from .checkpoints.hub import bundled_weights, explain_failure, fetch_weights, file_to_read
+from .checkpoints.store import fetch, find, tag_of
 from .model import CrossFormer, CrossFormerFeatures
-from .store import fetch, find, tag_of
 from .variants import TAG_ARGS, VARIANTS
 
 __all__ = ['CrossFormer']

@@ -20,8 +20,8 @@ from timm.models import FeatureListNet
 from torch import Tensor, nn
 
 from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
+from .checkpoints.fitting import check_head, check_variant, convert_state_dict, is_foreign
 from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
-from .convert import check_head, check_variant, convert_state_dict, is_foreign
 from .layers import CrossFormerBlock, CrossScaleEmbed, Permute
 from .layers.parts import add_in_parts, goes_in_parts
 from .ops.grouping import LDA_GROUPINGS

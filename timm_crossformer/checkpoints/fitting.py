@@ -17,9 +17,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .config import per_stage, resolve_group_size
+from ..config import per_stage, resolve_group_size
+from ..variants import VARIANTS
 from .reading import CheckpointError, Foreign, is_packed, read_file
-from .variants import VARIANTS
 
 __all__ = ['Checkpoint', 'CheckpointError', 'convert_state_dict', 'parse_state_dict', 'read_checkpoint']
 

@@ -18,10 +18,10 @@ import huggingface_hub
 import timm
 from safetensors.torch import load_file
 
-from .convert import Checkpoint, CheckpointError
-from .download import FetchError, download, download_drive, hash_file, lock
+from ..variants import TAG_ARGS, VARIANTS
+from .fitting import Checkpoint, CheckpointError
 from .hub import CONFIG_NAME, WEIGHTS_NAME, convert_file, describe, fetch_weights, hub_file, manifest
-from .variants import TAG_ARGS, VARIANTS
+from .transfer import FetchError, download, download_drive, hash_file, lock
 
 __all__ = ['cross_check', 'fetch', 'find', 'places', 'stored', 'tag_of']
 

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor
 
-from ._timm import save_config_for_hf
-from .convert import Checkpoint, CheckpointError, check_fit, check_values, parse_state_dict, read_checkpoint
-from .download import FetchError, Progress, sync
-from .download import hash_file as sha256
-from .variants import VARIANTS
+from .._timm import save_config_for_hf
+from ..variants import VARIANTS
+from .fitting import Checkpoint, CheckpointError, check_fit, check_values, parse_state_dict, read_checkpoint
+from .transfer import FetchError, Progress, sync
+from .transfer import hash_file as sha256
 
 WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = 'model.safetensors', 'config.json', 'README.md'
 _FETCHED = (WEIGHTS_NAME, 'pytorch_model.bin')  # what timm looks for in a repository, in this order
@@ -32,8 +32,8 @@ _FETCHED = (WEIGHTS_NAME, 'pytorch_model.bin')  # what timm looks for in a repos
 
 def weights_dir() -> Path:
     """Return the directory of the manifest and the bundled weights: in the package, or beside it in a checkout."""
-    inside = Path(__file__).parent / 'weights'
-    return inside if inside.is_dir() else Path(__file__).parent.parent / 'weights'
+    inside = Path(__file__).parents[1] / 'weights'
+    return inside if inside.is_dir() else Path(__file__).parents[2] / 'weights'
 
 
 def manifest() -> List[Dict[str, Any]]:
@@ -473,7 +473,7 @@ _CATS = range(281, 286)  # ImageNet-1k's classes of domestic cats
 def photo_path() -> Path:
     """Return the photo of a cat: among the package's weights, or with the examples in a checkout."""
     inside = weights_dir() / 'photo.jpg'
-    return inside if inside.is_file() else Path(__file__).parent.parent / 'examples' / 'photo.jpg'
+    return inside if inside.is_file() else Path(__file__).parents[2] / 'examples' / 'photo.jpg'
 
 
 def _names_the_cat(net: Any) -> Tuple[bool, str]:

@@ -1,0 +1,1 @@
+"""Weights: read, parse, plan, fit, write; and at both ends fetch, and the Hub."""
