@@ -11,5 +11,7 @@ from .checkpoints.fitting import safe_globals as _safe_globals
 __file__ = _os.environ['TIMM_CROSSFORMER_SCRIPT']
 if __name__ == '__main__':
     _sys.argv[0] = __file__
-with _safe_globals(), open(__file__, 'rb') as _file:  # timm's scripts read checkpoints themselves
-    exec(compile(_file.read(), __file__, 'exec', dont_inherit=True))
+with open(__file__, 'rb') as _file:
+    _code = compile(_file.read(), __file__, 'exec', dont_inherit=True)
+with _safe_globals():  # timm's scripts read checkpoints themselves
+    exec(_code)

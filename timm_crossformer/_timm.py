@@ -11,7 +11,8 @@ try:
     from timm.models._input import update_model_input_size as update_model_input_size
 except ImportError:  # before 1.0.31
 
-    def update_model_input_size(model: nn.Module, img_size: Any, **model_args: Any) -> None:
+    def update_model_input_size(  # type: ignore[misc]
+            model: nn.Module, img_size: Any, **model_args: Any) -> None:
         """Record what a model is made of after a change, as timm does where it can."""
         args = {**getattr(model, '_model_args', {}), **{k: v for k, v in model_args.items() if v is not None}}
         args['img_size'] = img_size if img_size is None else (

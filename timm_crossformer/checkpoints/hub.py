@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Union
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
-from .errors import CheckpointError, FetchError, WeightsError, host_of
+from .errors import CheckpointError, FetchError, host_of
 from .files import PathLike, hash_file, with_stderr
 from .records import HubSource, manifest
 from .verifying import check_directory
@@ -17,6 +17,7 @@ from .writing import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 __all__ = ['endpoint', 'explain_failure', 'fetch_weights', 'file_to_read', 'hub_file', 'push_directory']
 
 _FETCHED = (WEIGHTS_NAME, 'pytorch_model.bin')  # what timm looks for in a repository, in this order
+_TRIES = 3
 
 
 def endpoint() -> str:
@@ -70,9 +71,17 @@ def hub_file(
     if isinstance(cached, str):
         _check_hash(Path(cached), filename, pins)
         return Path(cached)
-    with with_stderr():
-        path = Path(huggingface_hub.hf_hub_download(
-            repo, filename, revision=revision, cache_dir=cache_dir, library_name='timm_crossformer'))
+    for attempt in range(_TRIES):
+        try:
+            with with_stderr():
+                path = Path(huggingface_hub.hf_hub_download(
+                    repo, filename, revision=revision, cache_dir=cache_dir, library_name='timm_crossformer'))
+            break
+        except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled):
+            raise
+        except OSError:  # a broken connection; before version 1 the client does not take it up by itself
+            if attempt + 1 == _TRIES:
+                raise
     blob = path.resolve().name
     _check_hash(path, filename, [*([blob] if re.fullmatch('[0-9a-f]{64}', blob) else []), *pins])
     return path
@@ -103,7 +112,7 @@ def explain_failure(cfg: Dict[str, Any], errors: Any = (SafetensorError, OSError
     repo = _repository(cfg)
     try:
         yield
-    except WeightsError:
+    except CheckpointError:
         raise
     except errors as e:
         if not repo:

@@ -133,8 +133,8 @@ def parse_state_dict(
         result.pretrained_cfg, result.label_names = _birder_facts(checkpoint)
     if origin == 'official':
         result.groups, result.adaptive = _groups_in_config(checkpoint)
-    chosen = key is not None and f'.{key}.' in f'.{prefix}'
-    in_others = is_part(prefix) or chosen
+    by_prefix = key is not None and f'.{key.strip(".")}.' not in f'.{".".join(network.containers)}.'
+    in_others = is_part(prefix) or by_prefix
     rest: List[str] = []
     twice: List[str] = []
     for name, tensor in state_dict.items():
