@@ -20,7 +20,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -135,6 +135,8 @@ def checkpoints(draw):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(checkpoint=checkpoints(), protocol=st.sampled_from([2, 4]))
 def test_random_checkpoints_are_read_as_pytorch_reads_them(tmp_path, legacy, checkpoint, protocol):
+    eight_bits = any(t.dtype == torch.float8_e4m3fn for t in checkpoint['model'].values())
+    assume(not (legacy and eight_bits))  # torch.load cannot read them there
     path = save(checkpoint, tmp_path / 'x.pth', legacy, protocol)
     theirs, ours = torch.load(path, weights_only=False), read_checkpoint(path)
     assert ours['epoch'] == theirs['epoch'] and list(ours['model']) == list(theirs['model'])
