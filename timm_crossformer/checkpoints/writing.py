@@ -206,6 +206,8 @@ def _write_config(net: Any, path: Path, parsed: Checkpoint, facts: Conversion, l
         cfg['license'] = license
     labels = {'label_names': parsed.label_names} if len(parsed.label_names or ()) == net.num_classes > 0 else {}
     args = {key: value for key, value in facts.args.items() if key != 'num_classes'}
+    net._model_args = {**net._model_args, **args}  # kept as JSON can hold them; before 1.0.31 timm records none
+    args = {key: net._model_args[key] for key in args}
     config = dict(pretrained_cfg=cfg, timm_crossformer=facts.to_json(), **labels)
     save_config_for_hf(net, str(path), model_config=config, model_args=args)
     config = json.loads(path.read_text(encoding='utf-8'))
