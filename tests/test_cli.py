@@ -302,7 +302,7 @@ def test_workers_of_a_script_have_the_models(method, tmp_path):
     command = [sys.executable, '-m', 'timm_crossformer', 'exec', 'script.py', method]
     root = str(Path(__file__).parents[1])
     out = subprocess.run(
-        command, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=root), capture_output=True, text=True, timeout=120)
+        command, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=root), capture_output=True, text=True, timeout=600)
     assert out.stdout == "[(3, '__mp_main__')]\n", out.stderr
 
 
@@ -328,7 +328,7 @@ def test_a_terminated_command_leaves_nothing(start, source, tmp_path):
         cwd=tmp_path, env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), root])))
     assert process.stdout.readline() == 'ready\n'
     process.terminate()
-    assert process.wait(30) == 143
+    assert process.wait(60) == 143
     assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith('tmp')] == []
 
 

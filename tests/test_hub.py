@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, ask_here
 
 import timm_crossformer  # noqa: F401
 from timm_crossformer.checkpoints import hub
@@ -42,9 +42,7 @@ def directory(tmp_path_factory):
 def server(tmp_path, monkeypatch):
     constants = huggingface_hub.constants
     with HubServer() as server:
-        monkeypatch.setattr(constants, 'ENDPOINT', server.endpoint)
-        monkeypatch.setattr(
-            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.endpoint + '/{repo_id}/resolve/{revision}/{filename}')
+        ask_here(monkeypatch, server.endpoint)
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
         monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'token'))
@@ -141,9 +139,7 @@ def test_push_without_permission_says_so(server, directory):
 
 def test_credentials_in_the_hubs_address_are_never_told(server, directory, monkeypatch, tmp_path):
     secret = server.endpoint.replace('//', '//me:pa55word@') + '/t0ken'
-    monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', secret)
-    monkeypatch.setattr(
-        huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', secret + '/{repo_id}/resolve/{revision}/{filename}')
+    ask_here(monkeypatch, secret)
     told = []
     for attempt in (lambda: timm.create_model(f'hf-hub:{REPO}', pretrained=True),
                     lambda: push_directory(directory, REPO)):

@@ -15,7 +15,7 @@ import timm
 import torch
 from common import official_keys
 from host_server import HostServer
-from hub_server import HubServer
+from hub_server import HubServer, ask_here
 from test_reading import write_oneflow
 
 from timm_crossformer import cli
@@ -329,9 +329,7 @@ def test_an_account_is_asked_first_and_only_if_it_is_named(host, files, tiny, tm
     for name, value in host.environment(tmp_path / 'store').items():
         monkeypatch.setenv(name, value)
     with HubServer() as server:
-        monkeypatch.setattr(constants, 'ENDPOINT', server.endpoint)
-        monkeypatch.setattr(
-            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.endpoint + '/{repo_id}/resolve/{revision}/{filename}')
+        ask_here(monkeypatch, server.endpoint)
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
         timm.create_model(TINY, pretrained=True)

@@ -77,7 +77,7 @@ def _name(url: str) -> str:
 def _ask(url: str, headers: Dict[str, str]) -> Iterator[Tuple[Any, Iterator[bytes]]]:
     """Yield an answer and its body; the session is that of requests before huggingface_hub 1, of httpx since."""
     session: Any = get_session()
-    if hasattr(session, 'stream'):
+    if callable(session.stream):  # of requests, it is a setting
         with session.stream('GET', url, headers=headers, timeout=TIMEOUT, follow_redirects=False) as answer:
             yield answer, answer.iter_bytes(_CHUNK)
     else:
