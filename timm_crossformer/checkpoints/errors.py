@@ -46,5 +46,5 @@ def host_of(url: str) -> str:
 def redact(text: str) -> str:
     """Take credentials out of the addresses in a text; of the Hub's mirror leave the host alone."""
     text = re.sub(r'(?<=://)[^/\s\'"]*@', '', text)
-    endpoint = huggingface_hub.constants.ENDPOINT
-    return text.replace(re.sub(r'(?<=://)[^/\s]*@', '', endpoint), host_of(endpoint))
+    folder = urlsplit(huggingface_hub.constants.ENDPOINT).path.rstrip('/')
+    return text.replace(folder, '') if folder else text
