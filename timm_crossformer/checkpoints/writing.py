@@ -209,7 +209,8 @@ def _write_config(net: Any, path: Path, parsed: Checkpoint, facts: Conversion, l
     net._model_args = {**net._model_args, **args}  # kept as JSON can hold them; before 1.0.31 timm records none
     args = {key: net._model_args[key] for key in args}
     config = dict(pretrained_cfg=cfg, timm_crossformer=facts.to_json(), **labels)
-    save_config_for_hf(net, path, model_config=config, model_args=args)
+    older: Any = path  # timm said str, and before 1.0.31 wanted a Path
+    save_config_for_hf(net, older, model_config=config, model_args=args)
     config = json.loads(path.read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)
     config['pretrained_cfg'].pop('tag', None)
