@@ -1,4 +1,5 @@
 """Google Drive and a bucket on the loopback address, with the pages and faults that they have."""
+import base64
 import html
 import re
 import threading
@@ -32,6 +33,7 @@ class HostServer(LocalServer):
         self.action = ''  # where the warning page's form leads; '' is this server
         self.faults: Dict[str, List[str]] = {}  # 'cut', a page of PAGES, an HTTP status, and others, see below
         self.requests: List[str] = []
+        self.login = ''  # name:password that is wanted
         self.gate = threading.Event()  # files wait for it
         self.gate.set()
         self.drive, self.flowvision = f'{self.address}/drive', f'{self.address}/flowvision'
@@ -61,6 +63,9 @@ class _Handler(QuietHandler):
     def do_GET(self):
         host = self.owner
         host.requests.append(self.path + (f' {self.headers["Range"]}' if 'Range' in self.headers else ''))
+        wanted = base64.b64encode(host.login.encode()).decode()
+        if host.login and self.headers.get('Authorization') != f'Basic {wanted}':
+            return self._answer(401, b'<html><title>Log in</title></html>', 'text/html')
         address = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(address.query))
         drive = address.path == '/drive'

@@ -5,6 +5,8 @@ import json
 import re
 from typing import Dict, List, Optional
 
+import huggingface_hub
+import huggingface_hub.file_download
 from local_server import LocalServer, QuietHandler
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
@@ -22,6 +24,14 @@ class HubServer(LocalServer):
         self.requests: List[str] = []
         self.uploads: Dict[str, bytes] = {}
         self.endpoint = self.address
+
+
+def ask_here(monkeypatch, endpoint):
+    """Have the client ask another address; before version 1, a module has the address of files by itself."""
+    template = endpoint + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(huggingface_hub.file_download, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
 
 
 class _Handler(QuietHandler):

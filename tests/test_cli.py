@@ -1,5 +1,7 @@
 """The command line: data on stdout, notes on stderr, exit codes that mean something."""
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +16,9 @@ from common import small
 from PIL import Image
 
 import timm_crossformer
-from timm_crossformer import cli, explain, hub, viz
+from timm_crossformer import cli, explain, viz
+from timm_crossformer.checkpoints import hub, records, writing
+from timm_crossformer.checkpoints.files import hash_file
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +31,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def converted(source):
-    hub.convert_file(source, source.parent / 'converted')
+    writing.convert_file(source, source.parent / 'converted')
     return source.parent / 'converted'
 
 
@@ -62,7 +66,7 @@ def test_convert_verify_push(capsys, source, tmp_path):
     directory = tmp_path / 'out'
     code, facts = run_json(capsys, 'convert', source, directory, '--dtype', 'fp16', '--license', 'mit')
     assert code == cli.OK and facts['model'] == 'test_crossformer' and facts['dtype'] == 'float16'
-    assert facts['sha256'] == hub.sha256(directory / 'model.safetensors')
+    assert facts['sha256'] == hash_file(directory / 'model.safetensors')
     assert {path.name for path in directory.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
     code, out, _ = run(capsys, 'verify', directory, '--against', source)
     assert 'outputs differ by' in out and out.count('FAIL') == 1 and 'FAIL  photo: a cat is shown' in out
@@ -78,7 +82,7 @@ def test_verify_classifies_the_photo(capsys, tmp_path, index, ok, kwargs):
     if index is not None:
         model.head.fc.bias.data[index] = 9.
     torch.save(model.state_dict(), tmp_path / 'x.pth')
-    hub.convert_file(tmp_path / 'x.pth', tmp_path / 'x')
+    writing.convert_file(tmp_path / 'x.pth', tmp_path / 'x')
     code, report = run_json(capsys, 'verify', tmp_path / 'x')
     photo = [check for check in report['checks'] if check['check'] == 'photo']
     if 'num_classes' in kwargs:
@@ -93,7 +97,7 @@ def test_verify_classifies_the_photo(capsys, tmp_path, index, ok, kwargs):
 
 
 def test_verify_without_the_photo_says_so(capsys, converted, monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, 'photo_path', lambda: tmp_path / 'none.jpg')
+    monkeypatch.setattr(records, 'photo_path', lambda: tmp_path / 'none.jpg')
     code, out, _ = run(capsys, 'verify', converted)
     assert code == cli.REFUSED and 'FAIL  photo: the photo of the package is missing' in out
 
@@ -213,6 +217,37 @@ def test_images_that_are_none_are_refused(capsys, converted, tmp_path):
     assert code == cli.REFUSED and 'is no image' in err
 
 
+@pytest.mark.parametrize('command', ['classify', 'features'])
+def test_one_bad_image_spoils_no_others(command, capsys, converted, photo, tmp_path):
+    body = photo.read_bytes()
+    (tmp_path / 'cut.png').write_bytes(body[:len(body) // 2])
+    (tmp_path / 'chunk.png').write_bytes(body[:60] + bytes(30) + body[90:])
+    images = [photo, tmp_path / 'cut.png', photo, tmp_path / 'chunk.png', tmp_path / 'none.png']
+    code, out, err = run(capsys, command, *images, '--weights', converted, '--json')
+    assert code == cli.REFUSED and [result['image'] for result in json.loads(out)] == [str(photo)] * 2
+    assert all(f'{path} ' in err for path in images if path != photo) and 'Traceback' not in err
+    code, out, _ = run(capsys, command, *images, '--weights', converted)
+    assert code == cli.REFUSED and out.count(str(photo)) == 2
+    code, _, _ = run(capsys, command, photo, '--weights', converted)
+    assert code == cli.OK
+
+
+@pytest.mark.parametrize('encoding', ['cp1251', 'cp437', 'ascii', 'utf-8'])
+@pytest.mark.parametrize('form', [[], ['--json']], ids=['text', 'json'])
+def test_results_are_written_in_any_encoding(encoding, form, converted, photo, tmp_path, monkeypatch):
+    try:
+        image = shutil.copy(photo, tmp_path / os.fsdecode(b'caf\xe9.png'))
+    except (OSError, ValueError):
+        pytest.skip('this file system wants text')
+    for command in (['features', '--out', str(tmp_path / 'x.png')], ['classify']):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, 'stdout', stdout)
+            assert cli.main([command[0], str(image), '--weights', str(converted), *command[1:], *form]) == cli.OK
+        text = stdout.buffer.getvalue().decode(encoding)
+        assert r'caf\udce9.png' in text and ('probability' if form and command == ['classify'] else '') in text
+
+
 @pytest.mark.parametrize('kind', ['missing', 'folder', 'truncated'])
 def test_images_that_cannot_be_read_are_named(kind, capsys, converted, tmp_path):
     path = tmp_path / 'x.jpg'
@@ -247,6 +282,54 @@ def test_exec_registers_the_variants(capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, 'exec', script)
     assert code == cli.REFUSED and 'KeyError' in err
     assert run(capsys, 'exec', tmp_path / 'none.py')[0] == cli.USAGE
+
+
+WORKERS = """
+import multiprocessing, sys
+import timm
+def build(name):
+    return timm.create_model(name, num_classes=3).num_classes, __name__
+if __name__ == '__main__':
+    with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
+        print(pool.map(build, ['test_crossformer']))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_workers_of_a_script_have_the_models(method, tmp_path):
+    (tmp_path / 'script.py').write_text(WORKERS)
+    command = [sys.executable, '-m', 'timm_crossformer', 'exec', 'script.py', method]
+    root = str(Path(__file__).parents[1])
+    out = subprocess.run(
+        command, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=root), capture_output=True, text=True, timeout=600)
+    assert out.stdout == "[(3, '__mp_main__')]\n", out.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('start', [
+    ['-m', 'timm_crossformer'], ['-c', 'import sys, timm_crossformer_cli; sys.exit(timm_crossformer_cli.main())']],
+    ids=['module', 'script'])
+def test_a_terminated_command_leaves_nothing(start, source, tmp_path):
+    """By the package's name and by the command's: a command that hangs while it writes ends with 143."""
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import sys, time\n'
+        'class Hang:\n'
+        '    def find_spec(self, name, *rest):\n'
+        '        if name == "timm_crossformer.export":\n'
+        '            import tempfile\n'
+        '            with tempfile.TemporaryDirectory(dir=sys.path[1]) as folder:\n'
+        '                print("ready", flush=True)\n'
+        '                time.sleep(60)\n'
+        'sys.meta_path.insert(0, Hang())\n')
+    root = str(Path(__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, *start, 'export', 'x.onnx', '--model', 'test_crossformer'], stdout=subprocess.PIPE, text=True,
+        cwd=tmp_path, env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), root])))
+    assert process.stdout.readline() == 'ready\n'
+    process.terminate()
+    assert process.wait(60) == 143
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith('tmp')] == []
 
 
 @pytest.mark.slow

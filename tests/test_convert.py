@@ -1,9 +1,12 @@
 """Checkpoints of every origin and container, whole and damaged."""
+import errno
 import json
 import os
 import pickle
 import re
+import shutil
 import sys
+import tempfile
 import types
 import warnings
 import zipfile
@@ -16,19 +19,19 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import timm_crossformer  # noqa: F401
-from timm_crossformer.convert import (
-    CheckpointError,
-    _variants,
-    convert_state_dict,
-    infer_arguments,
-    parse_state_dict,
-    read_checkpoint,
-    safe_globals,
-)
-from timm_crossformer.hub import convert_file, load_model, verify_directory
+from timm_crossformer.checkpoints import writing
+from timm_crossformer.checkpoints.architecture import infer_arguments, known_variants
+from timm_crossformer.checkpoints.errors import CheckpointError, WeightsError
+from timm_crossformer.checkpoints.fitting import convert_state_dict, safe_globals
+from timm_crossformer.checkpoints.parsing import parse_state_dict
+from timm_crossformer.checkpoints.planning import choose_variant
+from timm_crossformer.checkpoints.reading import read_checkpoint
+from timm_crossformer.checkpoints.verifying import load_model, verify_directory
+from timm_crossformer.checkpoints.writing import convert_file
 from timm_crossformer.variants import VARIANTS
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -108,13 +111,13 @@ def test_variant_is_inferred_from_shapes(variant, kind):
     source = {key: torch.empty(shape, device='meta') for key, shape in OFFICIAL_KEYS[f'{kind}-{variant}'].items()}
     dense_groups = {'group_size': 7, 'interval': (8, 4, 2, 1)} if '_pp_' in variant else {}
     expected = {} if kind == 'cls' else {'num_classes': 0, **dense_groups}
-    assert parse_state_dict(source).variant() == (variant, expected)
+    assert choose_variant(parse_state_dict(source)) == (variant, expected)
 
 
 @pytest.mark.parametrize('variant', list(VARIANTS))
 def test_arguments_of_variants_are_those_of_their_shapes(variant):
     args = infer_arguments(timm.create_model(variant, device='meta').state_dict())
-    assert {key: args[key] for key in _variants()[variant]} == _variants()[variant]
+    assert {key: args[key] for key in known_variants()[variant]} == known_variants()[variant]
 
 
 @pytest.mark.parametrize('case', ['cls-crossformer_tiny-224x224', pytest.param(
@@ -187,6 +190,75 @@ def test_containers(container, official, small, tmp_path):
     if container != 'yacs':
         assert same(fresh(checkpoint_path=str(tmp_path / 'checkpoint.pth')), small)
     assert same(load_model(weights=tmp_path / 'checkpoint.pth'), small)
+
+
+HOLDERS = [
+    'model_state_dict', 'net', 'model_state', 'params_ema', 'student', 'teacher', 'weights', 'encoder', 'network',
+    'mine']
+
+
+@pytest.mark.parametrize('holder', HOLDERS)
+def test_weights_are_found_under_any_key(holder, official, small, tmp_path):
+    beside = {'optimizer': {'state': {0: {'exp_avg': torch.ones(3)}}}, 'scheduler': {'last': 3}, 'epoch': 3}
+    torch.save({**beside, holder: official}, tmp_path / 'x.pth')
+    assert same(load_model(weights=tmp_path / 'x.pth'), small)
+    model = fresh()
+    model.load_state_dict({**beside, holder: official})
+    assert same(model, small)
+    assert convert_file(tmp_path / 'x.pth', tmp_path / 'out').container == holder
+
+
+def test_an_average_and_a_teacher_win_and_a_key_chooses(official, small, tmp_path):
+    zeros = {key: t * 0 for key, t in official.items()}
+    for first, second in (('teacher', 'student'), ('params_ema', 'params'), ('net', 'mine')):
+        torch.save({second: zeros, first: official}, tmp_path / 'x.pth')
+        assert same(load_model(weights=tmp_path / 'x.pth'), small)
+        assert convert_file(tmp_path / 'x.pth', tmp_path / second, key=second).container == second
+        assert not load_file(tmp_path / second / 'model.safetensors')['norm.weight'].any()
+
+
+@pytest.mark.parametrize('nested', [False, True])
+def test_two_networks_are_told_apart(nested, official, small, tmp_path):
+    both = {**{f'online_model.{key}': t * 0 for key, t in official.items()},
+            **{f'ema_model.{key}': t for key, t in official.items()}, 'step': torch.tensor(3)}
+    torch.save({'state_dict': both} if nested else both, tmp_path / 'x.pth')
+    path = 'state_dict.ema_model' if nested else 'ema_model'
+    with pytest.raises(CheckpointError, match=rf"'{path}'.*Choose one by `--key`"):
+        convert_file(tmp_path / 'x.pth', tmp_path / 'out')
+    for key in ('ema_model', 'ema_model.', path):
+        written = convert_file(tmp_path / 'x.pth', tmp_path / 'out', key=key, overwrite=True)
+        assert written.prefix == 'ema_model.' and written.left_out == len(official) + 1
+        assert same(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), small)
+    with pytest.raises(CheckpointError, match=r"no CrossFormer under 'model'\. It has one under '.*online_model' and"):
+        convert_file(tmp_path / 'x.pth', tmp_path / 'new', key='model')
+
+
+def test_two_unknown_keys_are_an_error(official):
+    with pytest.raises(CheckpointError, match=r"under each of 'a', 'b'\. Choose one"):
+        parse_state_dict({'a': official, 'b': dict(official)})
+
+
+def test_dicts_inside_each_other_end(official):
+    ring = {'model': official}
+    ring['again'] = ring
+    wide = {str(i): {} for i in range(300)}
+    for inner in wide.values():
+        inner.update({key: wide for key in wide})
+    assert parse_state_dict({**ring, 'wide': wide}).container == 'model'
+
+
+def test_weights_shared_by_other_parts_are_no_matter(official, tmp_path):
+    """Heads of several levels are one module in RetinaNet and two-stage Deformable DETR: saved once, named often."""
+    head = torch.rand(200, 200)
+    dense = {f'backbone.{key}': t for key, t in official.items() if not key.startswith(('norm.', 'head.'))}
+    torch.save({'state_dict': {**dense, **{f'head.{i}.weight': head for i in range(500)}}}, tmp_path / 'x.pth')
+    assert convert_file(tmp_path / 'x.pth', tmp_path / 'out').left_out == 500
+
+
+def test_lazily_negated_weights_have_their_sign(official, small, tmp_path):
+    torch.save({key: torch._neg_view(-t) for key, t in official.items()}, tmp_path / 'x.pth')
+    convert_file(tmp_path / 'x.pth', tmp_path / 'out')
+    assert same(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), small)
 
 
 def saved_by_timm(model, folder):
@@ -317,7 +389,7 @@ def test_vit_pytorch_outputs(tmp_path):
     torch.manual_seed(0)
     net = vit_pytorch.CrossFormer(dim=(32, 64, 96, 128), depth=(1, 1, 2, 1), num_classes=5, channels=2).eval()
     parsed = parse_state_dict(net.state_dict())
-    name, args = parsed.variant()
+    name, args = choose_variant(parsed)
     assert name == 'crossformer_lucidrains'
     assert (args['depths'], args['num_classes'], args['in_chans']) == ((2, 2, 4, 2), 5, 2)
     model = timm.create_model(name, **args).eval()
@@ -331,7 +403,7 @@ def test_vit_pytorch_default_is_our_variant():
     vit_pytorch = pytest.importorskip('vit_pytorch.crossformer')
     with torch.device('meta'):
         state_dict = vit_pytorch.CrossFormer().state_dict()
-    assert parse_state_dict(state_dict).variant() == ('crossformer_lucidrains', {})
+    assert choose_variant(parse_state_dict(state_dict)) == ('crossformer_lucidrains', {})
 
 
 @pytest.mark.parametrize('size', [
@@ -344,7 +416,7 @@ def test_birder_outputs(size):
     net = birder.CrossFormer(3, 11, config=config, size=size).eval()
     for parameter in net.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    name, args = parse_state_dict(net.state_dict()).variant()
+    name, args = choose_variant(parse_state_dict(net.state_dict()))
     assert name == 'crossformer_small' and args['num_classes'] == 11
     model = timm.create_model(name, **args).eval()
     model.load_state_dict({'state': net.state_dict(), 'birder_version': '0.8.4'})
@@ -399,6 +471,11 @@ NAMES = {
     'timm-backbone': lambda sd: {f'_backbone.{key}': t for key, t in sd.items()},
     'transformers': lambda sd: {
         **{f'model.backbone.model._backbone.{key}': t for key, t in sd.items()}, 'class_head.bias': torch.ones(2)},
+    'detr': lambda sd: {
+        **{f'model.backbone.model.{key}': t for key, t in sd.items()},
+        'model.encoder.layers.0.fc1.weight': torch.ones(2), 'class_labels_classifier.bias': torch.ones(2)},
+    'detr-4': lambda sd: {
+        **{f'model.backbone.conv_encoder.model.{key}': t for key, t in sd.items()}, 'bbox.bias': torch.ones(2)},
     'detector': lambda sd: {'state_dict': {**{f'backbone.{key}': t for key, t in sd.items()}, 'neck.x': torch.ones(2)}},
 }
 
@@ -423,7 +500,7 @@ def test_weights_of_a_pyramid_come_home(names, small, tmp_path):
     assert same(again, source)
 
     torch.save(checkpoint, tmp_path / 'x.pth')
-    assert convert_file(tmp_path / 'x.pth', tmp_path / 'out')['dense']
+    assert convert_file(tmp_path / 'x.pth', tmp_path / 'out').dense
     home = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True)
     assert same(home, source)
 
@@ -649,8 +726,8 @@ def test_converted_directory_is_verified_and_loads(suffix, dtype, official, smal
     source = tmp_path / f'source{suffix}'
     torch.save({'model': official}, source) if suffix == '.pth' else save_file(official, source)
     facts = convert_file(source, tmp_path / 'out', dtype=dtype)
-    assert facts['num_classes'] == 7 and facts['model'] == 'crossformer_pp_small'
-    assert all(check['ok'] for check in verify_directory(tmp_path / 'out', source))
+    assert facts.num_classes == 7 and facts.model == 'crossformer_pp_small'
+    assert all(check.ok for check in verify_directory(tmp_path / 'out', source))
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     assert torch.equal(model.norm.weight, small.norm.weight.to(dtype or torch.float32).float())
 
@@ -660,7 +737,7 @@ def test_eight_bits_are_read(dtype, official, tmp_path):
     eight = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in official.items()}
     torch.save(eight, tmp_path / 'own.pth')
     convert_file(tmp_path / 'own.pth', tmp_path / 'out', dtype=dtype)
-    assert all(check['ok'] for check in verify_directory(tmp_path / 'out', tmp_path / 'own.pth'))
+    assert all(check.ok for check in verify_directory(tmp_path / 'out', tmp_path / 'own.pth'))
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert torch.equal(model.norm.weight, eight['norm.weight'].float())
     torch.save({**eight, 'norm.weight': torch.full([64], float('nan')).to(torch.float8_e4m3fn)}, tmp_path / 'own.pth')
@@ -696,13 +773,13 @@ def test_groups_are_read_from_a_dense_checkpoints_config(style, official, tmp_pa
     large = {'group_size': (14, 14, 7, 7), 'interval': (16, 8, 2, 1)}
     expected = {} if style in ('none', 'broken', 'short') else large
     facts = convert_file(tmp_path / 'fpn.pth', tmp_path / 'out')
-    assert facts['model'] == 'crossformer_small' and facts['args'] == {'num_classes': 0, **expected}
-    assert facts['groups_from'] == ('checkpoint' if expected else 'default')
+    assert facts.model == 'crossformer_small' and facts.args == {'num_classes': 0, **expected}
+    assert facts.groups_from == ('checkpoint' if expected else 'default')
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True)
     assert model.stages_0.blocks[0].attn.group_size == ((14, 14) if expected else (7, 7))
-    facts = convert_file(tmp_path / 'fpn.pth', tmp_path / 'other', interval=(4, 2, 1, 1))
-    assert facts['args'] == {'num_classes': 0, **expected, 'interval': (4, 2, 1, 1)}
-    assert facts['groups_from'] == 'option'
+    facts = convert_file(tmp_path / 'fpn.pth', tmp_path / 'other', groups=dict(interval=(4, 2, 1, 1)))
+    assert facts.args == {'num_classes': 0, **expected, 'interval': (4, 2, 1, 1)}
+    assert facts.groups_from == 'option'
     if expected:
         overlay = dict(file=str(tmp_path / 'fpn.pth'))
         with pytest.warns(UserWarning) as told:
@@ -715,13 +792,31 @@ def test_groups_are_read_from_a_dense_checkpoints_config(style, official, tmp_pa
                 'crossformer_small', pretrained=True, features_only=True, pretrained_cfg_overlay=overlay, **large)
 
 
+@pytest.mark.parametrize('written', ['adaptive_interval=True', '"adaptive_interval": true'])
+def test_intervals_that_follow_the_size_are_not_ignored(written, tmp_path):
+    dense = {f'backbone.{key}': t for key, t in official_weights('det-crossformer_small').items()}
+    text = CONFIG.format(groups='[7, 7, 7, 7]', intervals='[8, 4, 2, 1]').replace('adaptive_interval=False', written)
+    torch.save({'state_dict': dense, 'meta': {'config': text}}, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=r'adaptive_interval=True.*--lda-grouping grid'):
+        convert_file(tmp_path / 'x.pth', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+    facts = convert_file(tmp_path / 'x.pth', tmp_path / 'out', groups=dict(lda_grouping='grid'))
+    assert facts.args['lda_grouping'] == 'grid'
+    overlay = dict(pretrained=True, features_only=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'x.pth')))
+    with pytest.warns(UserWarning, match=r"lda_grouping='grid'"):
+        timm.create_model('crossformer_small', **overlay)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        timm.create_model('crossformer_small', lda_grouping='grid', **overlay)
+
+
 @pytest.mark.parametrize('groups, expected', [
     ('[7, 7, 7, 7]', {}), ('[4, 4, 14, 7]', {'group_size': (4, 4, 14, 7)}),
 ], ids=str)
 def test_groups_in_the_config_win_over_those_of_dense_plus_plus(groups, expected):
     text = CONFIG.format(groups=groups, intervals='[8, 4, 2, 1]')
     dense = {f'backbone.{key}': t for key, t in meta_official('det-crossformer_pp_small').items()}
-    name, args = parse_state_dict({'state_dict': dense, 'meta': {'config': text}}).variant()
+    name, args = choose_variant(parse_state_dict({'state_dict': dense, 'meta': {'config': text}}))
     default = {'group_size': 7} if not expected else {}
     assert (name, args) == ('crossformer_pp_small', {
         'num_classes': 0, 'interval': (8, 4, 2, 1), **default,
@@ -751,7 +846,7 @@ def test_verify_finds_damage(damaged, official, tmp_path):
         (out / 'model.safetensors').unlink()
     elif damaged in ('hash', 'keys', 'nan'):
         save_file(weights, out / 'model.safetensors')
-    assert not all(check['ok'] for check in verify_directory(out, source))
+    assert not all(check.ok for check in verify_directory(out, source))
 
 
 def test_verify_compares_in_the_network_of_the_directory(tmp_path):
@@ -759,8 +854,8 @@ def test_verify_compares_in_the_network_of_the_directory(tmp_path):
     timm.models.save_for_hf(model, tmp_path / 'out', safe_serialization=True)
     torch.save(model.state_dict(), tmp_path / 'own.pth')
     checks = verify_directory(tmp_path / 'out', tmp_path / 'own.pth')
-    assert [c['check'] for c in checks if not c['ok']] == [] and checks[-1]['check'] == 'against'
-    assert 'outputs differ by 0 at most, 0 allowed' in checks[-1]['detail']
+    assert [c.check for c in checks if not c.ok] == [] and checks[-1].check == 'against'
+    assert 'outputs differ by 0 at most, 0 allowed' in checks[-1].detail
 
 
 def test_names_of_classes_come_from_nobody_else(tmp_path):
@@ -783,8 +878,9 @@ def test_the_card_has_the_name_of_the_folder(official, tmp_path, monkeypatch):
 
 def test_options_of_convert(official, tmp_path):
     torch.save(official, tmp_path / 's.pth')
-    facts = convert_file(tmp_path / 's.pth', tmp_path / 'a', group_size=(3, 3, 3, 3), interval=2, num_classes=0)
-    assert facts['num_classes'] == 0 and facts['args']['group_size'] == (3, 3, 3, 3)
+    groups = dict(group_size=(3, 3, 3, 3), interval=2)
+    facts = convert_file(tmp_path / 's.pth', tmp_path / 'a', groups=groups, num_classes=0)
+    assert facts.num_classes == 0 and facts.args['group_size'] == (3, 3, 3, 3)
     model = timm.create_model(f'local-dir:{tmp_path / "a"}', pretrained=True)
     assert model.num_classes == 0 and model.stages[1].blocks[1].attn.interval == 2
     for kwargs, message in [
@@ -793,7 +889,7 @@ def test_options_of_convert(official, tmp_path):
         (dict(model='resnet50'), 'is one of'),
         (dict(expected_sha256='00'), 'sha256'),
         (dict(expected_sha256=''), 'sha256'),
-        (dict(container='ema'), "under 'ema'"),
+        (dict(key='ema'), "under 'ema'"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             convert_file(tmp_path / 's.pth', tmp_path / 'b', **kwargs)
@@ -801,7 +897,72 @@ def test_options_of_convert(official, tmp_path):
     with pytest.raises(CheckpointError, match='overwrite'):
         convert_file(tmp_path / 's.pth', tmp_path / 'a')
     convert_file(tmp_path / 's.pth', tmp_path / 'a', overwrite=True)
-    assert all(check['ok'] for check in verify_directory(tmp_path / 'a'))
+    assert all(check.ok for check in verify_directory(tmp_path / 'a'))
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A folder in another file system, as a volume of a container is."""
+    shared = Path('/dev/shm')
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip('there is one file system')
+    folder = Path(tempfile.mkdtemp(dir=shared))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_directory_that_exists_stays_itself(official, small, tmp_path, elsewhere):
+    torch.save(official, tmp_path / 's.pth')
+    (tmp_path / 'link').symlink_to(elsewhere)
+    before = elsewhere.stat().st_ino
+    for overwrite in (False, True):
+        convert_file(tmp_path / 's.pth', tmp_path / 'link', overwrite=overwrite)
+        assert (tmp_path / 'link').is_symlink() and elsewhere.stat().st_ino == before
+        assert sorted(path.name for path in elsewhere.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+        assert same(timm.create_model(f'local-dir:{tmp_path / "link"}', pretrained=True), small)
+
+
+def test_a_mount_point_is_written_into(official, tmp_path, monkeypatch):
+    """Nothing can take the place of a mount point, as of the current folder of another process on Windows."""
+    torch.save(official, tmp_path / 's.pth')
+    (tmp_path / 'out').mkdir()
+    replace = os.replace
+
+    def busy(source, target, **kwargs):
+        if Path(target) == tmp_path / 'out':
+            raise OSError(errno.EBUSY, 'Device or resource busy')
+        replace(source, target, **kwargs)
+
+    monkeypatch.setattr(os, 'replace', busy)
+    convert_file(tmp_path / 's.pth', tmp_path / 'out')
+    assert len(list((tmp_path / 'out').iterdir())) == 3
+
+
+@pytest.mark.parametrize('where', ['weights', 'config'])
+def test_a_full_disk_is_one_message(where, official, tmp_path, monkeypatch):
+    torch.save(official, tmp_path / 's.pth')
+
+    def full(*args, **kwargs):
+        raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)') if (
+            where == 'weights') else OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(writing, 'save_file' if where == 'weights' else 'save_config_for_hf', full)
+    with pytest.raises(WeightsError, match=r'out cannot be written: .*No space left on device.*'):
+        convert_file(tmp_path / 's.pth', tmp_path / 'out')
+    assert [path.name for path in tmp_path.iterdir()] == ['s.pth']
+
+
+def test_names_of_files_may_be_no_text(official, small, tmp_path):
+    name = os.fsdecode(b's\xff.pth')
+    try:
+        torch.save(official, tmp_path / 's.pth')
+        (tmp_path / 's.pth').rename(tmp_path / name)
+    except (OSError, ValueError):
+        pytest.skip('this file system wants text')
+    out = tmp_path / os.fsdecode(b'o\xff')
+    written = convert_file(tmp_path / name, out)
+    assert written.source == r's\udcff.pth' and r'# o\udcff' in (out / 'README.md').read_text(encoding='utf-8')
+    assert same(load_model(weights=tmp_path / name), small)
 
 
 @pytest.mark.parametrize('overwrite', [False, True])
@@ -816,7 +977,7 @@ def test_interrupted_writing_leaves_what_was_there(official, tmp_path, monkeypat
         path.write_bytes(b'half')
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('timm_crossformer.hub.save_file', half)
+    monkeypatch.setattr('timm_crossformer.checkpoints.writing.save_file', half)
     with pytest.raises(KeyboardInterrupt):
         convert_file(tmp_path / 's.pth', tmp_path / 'out', overwrite=overwrite)
     assert sorted(path.name for path in tmp_path.iterdir()) == (['out', 's.pth'] if overwrite else ['s.pth'])

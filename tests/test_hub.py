@@ -3,18 +3,22 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, ask_here
 
 import timm_crossformer  # noqa: F401
-from timm_crossformer import hub
-from timm_crossformer.convert import CheckpointError
-from timm_crossformer.hub import FetchError, convert_file, load_model, push_directory
+from timm_crossformer.checkpoints import hub
+from timm_crossformer.checkpoints.errors import CheckpointError, FetchError
+from timm_crossformer.checkpoints.files import hash_file
+from timm_crossformer.checkpoints.hub import push_directory
+from timm_crossformer.checkpoints.verifying import load_model
+from timm_crossformer.checkpoints.writing import convert_file
 
 REPO = 'someone/small-cross'
 
@@ -29,7 +33,8 @@ def directory(tmp_path_factory):
     torch.manual_seed(0)
     model = timm.create_model('test_crossformer', num_classes=7, in_chans=2)
     torch.save(model.state_dict(), root / 'own.pth')
-    convert_file(root / 'own.pth', root / 'own', group_size=((4, 3), (4, 4), (2, 2), 3), lda_grouping='region')
+    convert_file(root / 'own.pth', root / 'own', groups=dict(
+        group_size=((4, 3), (4, 4), (2, 2), 3), lda_grouping='region'))
     return root / 'own'
 
 
@@ -37,9 +42,7 @@ def directory(tmp_path_factory):
 def server(tmp_path, monkeypatch):
     constants = huggingface_hub.constants
     with HubServer() as server:
-        monkeypatch.setattr(constants, 'ENDPOINT', server.endpoint)
-        monkeypatch.setattr(
-            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.endpoint + '/{repo_id}/resolve/{revision}/{filename}')
+        ask_here(monkeypatch, server.endpoint)
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
         monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'token'))
@@ -96,7 +99,7 @@ def test_config_rebuilds_the_model_without_repeating_num_classes(directory):
 
 def test_model_card_names_import_licence_origin_and_hash(directory):
     card = (directory / 'README.md').read_text()
-    sha256 = hub.sha256(directory / 'model.safetensors')
+    sha256 = hash_file(directory / 'model.safetensors')
     assert all(text in card for text in ('import timm_crossformer', 'license:', 'own.pth', sha256))
 
 
@@ -132,6 +135,26 @@ def test_push_without_permission_says_so(server, directory):
     server.token = 'hf_secret'
     with pytest.raises(FetchError, match=r'was not written at http://127\.0\.0\.1.*hf auth login'):
         push_directory(directory, REPO)
+
+
+def test_credentials_in_the_hubs_address_are_never_told(server, directory, monkeypatch, tmp_path):
+    secret = server.endpoint.replace('//', '//me:pa55word@') + '/t0ken'
+    ask_here(monkeypatch, secret)
+    told = []
+    for attempt in (lambda: timm.create_model(f'hf-hub:{REPO}', pretrained=True),
+                    lambda: push_directory(directory, REPO)):
+        with pytest.raises(Exception) as e:
+            attempt()
+        if isinstance(e.value, FetchError):
+            told.append(''.join(traceback.format_exception(e.value)))
+    monkeypatch.setenv('TIMM_CROSSFORMER_HUB', 'someone')
+    monkeypatch.setenv('TIMM_CROSSFORMER_CACHE', str(tmp_path / 'store'))
+    with pytest.raises(FetchError) as e:
+        timm.create_model('crossformer_pp_small', pretrained=True)
+    told.append(''.join(traceback.format_exception(e.value)))
+    assert len(told) > 1
+    for text in told:
+        assert 'pa55word' not in text and 't0ken' not in text
 
 
 def test_interrupted_download_is_resumed(hosted):

@@ -61,7 +61,7 @@ def graph_of(root):
 
 def test_imports_go_one_way_late_ones_included():
     graph = graph_of(PACKAGE)
-    assert 'timm_crossformer.variants' in graph['timm_crossformer.convert']
+    assert 'timm_crossformer.variants' in graph['timm_crossformer.checkpoints.planning']
     assert not graph['timm_crossformer.variants'] and not graph['timm_crossformer.config']
     assert find_ring(graph) == []
 
@@ -95,7 +95,8 @@ def state():
         'precision': torch.get_float32_matmul_precision(), 'warnings': len(warnings.filters),
     }
 before = state()
-import timm_crossformer, timm_crossformer.hub, timm_crossformer.cli, timm_crossformer.export, timm_crossformer.viz
+import timm_crossformer, timm_crossformer.checkpoints.hub, timm_crossformer.cli
+import timm_crossformer.export, timm_crossformer.viz
 print(json.dumps([before, state()]))
 """
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)

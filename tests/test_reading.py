@@ -20,10 +20,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from timm_crossformer.convert import read_checkpoint
-from timm_crossformer.reading import CheckpointError, Foreign
+from timm_crossformer.checkpoints.errors import CheckpointError
+from timm_crossformer.checkpoints.reading import Foreign, read_checkpoint
 
 WEIGHTS = {
     'a.weight': torch.arange(6.).view(2, 3), 'a.bias': torch.tensor([1., -2.], dtype=torch.float16),
@@ -80,6 +82,107 @@ def test_reading_copies_nothing_and_writes_nothing_back(tmp_path):
     before = path.read_bytes()
     read_checkpoint(path)['a.weight'].fill_(5)
     assert path.read_bytes() == before
+
+
+LAZY = {
+    'negated': lambda x: torch._neg_view(x.real.clone()),
+    'imaginary of conjugate': lambda x: x.conj().imag,
+    'conjugated': lambda x: x.conj(),
+    'both': lambda x: torch._neg_view(x.conj()),
+    'real part': lambda x: x.real,
+    'transposed slice': lambda x: x.real.t()[1:, ::2],
+    'empty slice': lambda x: x.real[3:],
+    'scalar inside': lambda x: x.real[2, 3],
+    'broadcast': lambda x: x.real[:1].expand(5, 4),
+}
+
+
+@pytest.mark.parametrize('view', list(LAZY))
+def test_views_have_the_numbers_that_pytorch_reads(view, tmp_path, legacy):
+    tensor = LAZY[view](torch.randn(3, 4, dtype=torch.complex64))
+    beside = {} if legacy else {'storage': torch.arange(3).untyped_storage()}  # which torch.load cannot read there
+    path = save({'x': tensor, **beside}, tmp_path / 'x.pth', legacy)
+    theirs, ours = torch.load(path, weights_only=True)['x'], read_checkpoint(path)['x']
+    assert torch.equal(ours, tensor) and torch.equal(ours, theirs)
+    assert (ours.is_neg(), ours.is_conj(), ours.stride()) == (theirs.is_neg(), theirs.is_conj(), theirs.stride())
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool,
+          torch.complex64, torch.float8_e4m3fn]
+
+
+@st.composite
+def checkpoints(draw):
+    """Draw a nested dict of views of a few storages."""
+    bases = []
+    for dtype in draw(st.lists(st.sampled_from(DTYPES), min_size=1, max_size=3)):
+        numbers = torch.arange(draw(st.integers(0, 40)), dtype=torch.float32) % 2 - .5
+        bases.append(numbers.to(dtype))
+
+    def view():
+        base = draw(st.sampled_from(bases))
+        start, step = draw(st.integers(0, 5)), draw(st.integers(1, 3))
+        part = base[start::step]
+        if part.numel() % 2 == 0 and draw(st.booleans()):
+            part = part.reshape(2, -1).t() if step == 1 else part
+        if part.is_complex() and draw(st.booleans()):
+            part = part.conj()
+        return nn.Parameter(part) if part.is_floating_point() and draw(st.booleans()) else part
+
+    return {'model': {f'w{i}': view() for i in range(draw(st.integers(1, 5)))}, 'epoch': draw(st.integers())}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(checkpoint=checkpoints(), protocol=st.sampled_from([2, 4]))
+def test_random_checkpoints_are_read_as_pytorch_reads_them(tmp_path, legacy, checkpoint, protocol):
+    eight_bits = any(t.dtype == torch.float8_e4m3fn for t in checkpoint['model'].values())
+    assume(not (legacy and eight_bits))  # torch.load cannot read them there
+    path = save(checkpoint, tmp_path / 'x.pth', legacy, protocol)
+    theirs, ours = torch.load(path, weights_only=False), read_checkpoint(path)
+    assert ours['epoch'] == theirs['epoch'] and list(ours['model']) == list(theirs['model'])
+    for key, tensor in theirs['model'].items():
+        got = ours['model'][key]
+        assert (got.dtype, got.shape, got.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
+        assert torch.equal(got.to(torch.complex128), tensor.to(torch.complex128))
+
+
+def test_tensors_of_one_storage_share_it(tmp_path, legacy):
+    shared = torch.arange(6.)
+    read = read_checkpoint(save({'a': shared[:3], 'b': shared[1:]}, tmp_path / 'x.pth', legacy))
+    read['a'][1] = 7
+    assert read['b'][0] == 7
+
+
+OTHERS = {
+    'page': (b'\n<!DOCTYPE html><html><head><title>Drive - Sign in</title>', "a web page, 'Drive - Sign in'.*browser"),
+    'pointer': (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n', 'Git LFS.*git lfs pull'),
+    'gzip': (b'\x1f\x8b\x08' + bytes(30), 'packed with gzip. Unpack it'),
+    '7z': (b"7z\xbc\xaf'\x1c" + bytes(30), 'packed with 7-Zip'),
+    'empty': (b'', 'is empty'),
+}
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors', '.zip'])
+@pytest.mark.parametrize('kind', list(OTHERS))
+def test_what_is_saved_in_a_checkpoints_place_is_named(kind, suffix, tmp_path):
+    body, message = OTHERS[kind]
+    (tmp_path / f'x{suffix}').write_bytes(body)
+    with pytest.raises(CheckpointError, match=f'is no checkpoint: .*{message}'):
+        read_checkpoint(tmp_path / f'x{suffix}')
+
+
+@pytest.mark.parametrize('compression', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=['stored', 'deflated'])
+def test_an_archive_around_a_checkpoint_is_named(compression, tmp_path):
+    save(WEIGHTS, tmp_path / 'inside.pth')
+    with zipfile.ZipFile(tmp_path / 'x.pth', 'w', compression) as archive:
+        archive.write(tmp_path / 'inside.pth', 'folder/inside.pth')
+        archive.writestr('__MACOSX/folder/inside.pth', 'x')
+    with pytest.raises(CheckpointError, match=r'a zip archive of folder/inside\.pth\. Unpack it'):
+        read_checkpoint(tmp_path / 'x.pth')
+    with tarfile.open(tmp_path / 'x.pth', 'w') as archive:
+        archive.add(tmp_path / 'inside.pth', 'inside.pth')
+    with pytest.raises(CheckpointError, match='a tar archive'):
+        read_checkpoint(tmp_path / 'x.pth')
 
 
 class History:
@@ -250,6 +353,8 @@ BROKEN = {
     'persistent-short': b'\x80\x02(X\x07\x00\x00\x00storageK\x01tQ.',
     'call-a-string': b'\x80\x02X\x01\x00\x00\x00a)R.',
     'call-a-tensor': b'\x80\x02K\x01)\x81.',
+    'add-to-a-tensor': b'\x80\x04ctorch._utils\n_rebuild_tensor\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n'
+                       b'X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x00tQK\x00K\x00\x85K\x01\x85tR(K\x01\x90.',
     'append-to-a-dict': b'\x80\x02}K\x01a.',
     'set-in-a-list': b'\x80\x02]K\x01K\x02s.',
     'endless-set': b'\x80\x02c__builtin__\nset\nctorch\nSize\n]\x85R\x85RK\x01a.',

@@ -67,6 +67,18 @@ def test_a_command_finds_the_models_registered(tmp_path):
     assert result['code'] == 0 and 'torch' in result['modules']
 
 
+@pytest.mark.parametrize('argv', [['--help'], ['nonsense'], ['fetch', '--help']], ids=' '.join)
+def test_a_program_that_asked_for_help_can_import_the_package(argv, tmp_path):
+    script = (
+        'import sys\nfrom timm_crossformer_cli import main\n'
+        f'try:\n    main({argv})\nexcept SystemExit:\n    pass\n'
+        'import timm, timm_crossformer\n'
+        'assert timm.is_model("crossformer_tiny") and timm_crossformer.CrossFormer, timm_crossformer\n'
+        'from timm_crossformer import cli\nassert sys.modules["timm_crossformer.cli"] is cli\n')
+    out = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=ROOT)
+    assert not out.returncode, out.stderr
+
+
 def test_the_installed_script_starts_there():
     script = Path(sys.executable).with_name('timm-crossformer')
     if not script.exists():

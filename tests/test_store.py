@@ -1,4 +1,5 @@
 """Published weights by name, from hosts on the loopback address that behave as the real ones do."""
+import dataclasses
 import json
 import os
 import pickle
@@ -6,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-import urllib.request
+import traceback
 
 import huggingface_hub
 import pytest
@@ -14,24 +15,25 @@ import timm
 import torch
 from common import official_keys
 from host_server import HostServer
-from hub_server import HubServer
+from hub_server import HubServer, ask_here
 from test_reading import write_oneflow
 
-from timm_crossformer import cli, download, hub, store
-from timm_crossformer.convert import CheckpointError
-from timm_crossformer.download import FetchError
-from timm_crossformer.hub import verify_directory
+from timm_crossformer import cli
+from timm_crossformer.checkpoints import records, store, writing
+from timm_crossformer.checkpoints import transfer as download
+from timm_crossformer.checkpoints.errors import CheckpointError, FetchError
+from timm_crossformer.checkpoints.verifying import verify_directory
 
 TINY = 'crossformer_tiny.in1k'
 FPN = 'crossformer_small.semantic_fpn_ade20k'
 
 
 def source_of(tag, kind='drive'):
-    return next(source for source in store.find(tag)['sources'] if source['kind'] == kind)
+    return next(source for source in records.find(tag).sources if source.kind == kind)
 
 
 def drive_id(tag):
-    return source_of(tag)['id']
+    return source_of(tag).id
 
 
 def weights(entry, seed=0):
@@ -92,7 +94,7 @@ def host(tmp_path, monkeypatch, files):
         for name, value in server.environment(tmp_path / 'store').items():
             monkeypatch.setenv(name, value)
         server.files = {drive_id(TINY): files['tiny'], drive_id(FPN): files['fpn'],
-                        source_of(TINY, 'flowvision')['name']: files['legacy']}
+                        source_of(TINY, 'flowvision').name: files['legacy']}
         yield server
 
 
@@ -122,7 +124,7 @@ def test_fetches_once_then_needs_nobody(host, tiny, tmp_path, monkeypatch):
     assert equal(timm.create_model(TINY, pretrained=True), tiny) and len(host.requests) == 1
     directory = tmp_path / 'store' / TINY
     assert equal(timm.create_model(f'local-dir:{directory}', pretrained=True), tiny)
-    assert {c['check']: c['ok'] for c in verify_directory(directory)}['sha256']
+    assert {c.check: c.ok for c in verify_directory(directory)}['sha256']
 
 
 def test_warnings_pages_and_cut_transfers_are_overcome(host, tiny):
@@ -159,14 +161,14 @@ def test_an_overlay_that_names_other_weights_wins(host, files, tiny, tmp_path):
 @pytest.mark.parametrize('fault', ['quota', 'denied', 'unknown', '404', 'hostile', 'small', 'text', 'cut', 'nan'])
 def test_the_next_host_is_asked(host, files, tiny, fault, form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    host.files[source_of(TINY, 'flowvision')['name']] = files[form]
+    host.files[source_of(TINY, 'flowvision').name] = files[form]
     if fault in files:
         host.files[drive_id(TINY)] = files[fault]
     else:
         host.faults[drive_id(TINY)] = [fault]
     assert equal(timm.create_model(TINY, pretrained=True), tiny)
     assert [r.split('?')[0].split('/')[1] for r in host.requests] == ['drive', 'flowvision']
-    assert store.stored(TINY)['fetched_from'] == 'flowvision'
+    assert store.stored(TINY).fetched_from == 'flowvision'
     assert not (tmp_path / 'pwned').exists()
 
 
@@ -178,7 +180,7 @@ def test_the_next_host_is_asked(host, files, tiny, fault, form, tmp_path, monkey
 ])
 def test_failures_are_one_message_and_leave_nothing(host, files, fault, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    del host.files[source_of(TINY, 'flowvision')['name']]
+    del host.files[source_of(TINY, 'flowvision').name]
     refused = fault in ('hostile', 'small', 'cut', 'nan', 'classes', 'backbone')
     if fault in files:
         host.files[drive_id(TINY)] = files[fault]
@@ -214,7 +216,7 @@ def test_offline_means_no_request_at_all(host, monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise AssertionError('asked the network')
 
-    monkeypatch.setattr(urllib.request.OpenerDirector, 'open', refuse)
+    monkeypatch.setattr(download, '_ask', refuse)
     for offline in ('environment', 'constant'):
         with monkeypatch.context() as patch:
             if offline == 'environment':
@@ -230,13 +232,13 @@ def test_offline_means_no_request_at_all(host, monkeypatch, tmp_path):
 
 
 def test_first_weights_are_trusted_others_are_an_error(host, files, tiny, tmp_path, capsys):
-    first = store.fetch(TINY)
-    assert store.fetch(TINY, source='flowvision', force=True)['digest'] == first['digest']
+    first = store.fetch(TINY).conversion.digest
+    assert store.fetch(TINY, source='flowvision', force=True).conversion.digest == first
     host.files[drive_id(TINY)] = files['other']
     with pytest.raises(CheckpointError) as e:
         store.fetch(TINY, force=True, source='drive')
     now = str(e.value)
-    assert first['digest'] in now and 'from flowvision on 20' in now and len(set(re.findall('[0-9a-f]{64}', now))) == 2
+    assert first in now and 'from flowvision on 20' in now and len(set(re.findall('[0-9a-f]{64}', now))) == 2
     with pytest.raises(CheckpointError, match='other weights than are known'):
         store.fetch(TINY, force=True)  # the second host is not asked to smooth it over
     assert equal(timm.create_model(TINY, pretrained=True), tiny)
@@ -252,21 +254,19 @@ def test_first_weights_are_trusted_others_are_an_error(host, files, tiny, tmp_pa
 
 
 def test_a_digest_in_the_manifest_is_held_to(host, monkeypatch, tmp_path):
-    records = hub.manifest()
-    next(record for record in records if record['tag'] == TINY)['digest'] = '0' * 64
-    monkeypatch.setattr(store, 'manifest', lambda: records)
+    changed = dataclasses.replace(records.find(TINY), digest='0' * 64)
+    monkeypatch.setattr(store, 'find', lambda tag: changed)
     with pytest.raises(CheckpointError, match='from the manifest'):
         timm.create_model(TINY, pretrained=True)
     assert left(tmp_path) == []
 
 
 def test_a_hash_in_the_manifest_is_held_to(host, tiny, monkeypatch):
-    records = hub.manifest()
-    record = next(record for record in records if record['tag'] == TINY)
-    record['sources'][0]['sha256'] = '0' * 64
-    monkeypatch.setattr(store, 'manifest', lambda: records)
+    record = records.find(TINY)
+    sources = (dataclasses.replace(record.sources[0], sha256='0' * 64), *record.sources[1:])
+    monkeypatch.setattr(store, 'find', lambda tag: dataclasses.replace(record, sources=sources))
     assert equal(timm.create_model(TINY, pretrained=True), tiny)
-    assert store.stored(TINY)['fetched_from'] == 'flowvision'
+    assert store.stored(TINY).fetched_from == 'flowvision'
 
 
 def test_cross_check(host, files, capsys, tmp_path):
@@ -280,7 +280,7 @@ def test_cross_check(host, files, capsys, tmp_path):
     assert [source['sha256'] for source in lines['sources']] == [
         __import__('hashlib').sha256(data).hexdigest() for data in (files['tiny'], files['legacy'])]
     assert [source['size'] for source in lines['sources']] == [len(files['tiny']), len(files['legacy'])]
-    assert lines['digest'] == store.fetch(TINY)['digest']
+    assert lines['digest'] == store.fetch(TINY).conversion.digest
     host.files[drive_id(TINY)] = files['other']
     assert cli.main(['fetch', TINY, '--cross-check']) == cli.REFUSED
     assert 'drive and flowvision differ in 1 of' in capsys.readouterr().err
@@ -329,9 +329,7 @@ def test_an_account_is_asked_first_and_only_if_it_is_named(host, files, tiny, tm
     for name, value in host.environment(tmp_path / 'store').items():
         monkeypatch.setenv(name, value)
     with HubServer() as server:
-        monkeypatch.setattr(constants, 'ENDPOINT', server.endpoint)
-        monkeypatch.setattr(
-            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.endpoint + '/{repo_id}/resolve/{revision}/{filename}')
+        ask_here(monkeypatch, server.endpoint)
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
         timm.create_model(TINY, pretrained=True)
@@ -342,11 +340,11 @@ def test_an_account_is_asked_first_and_only_if_it_is_named(host, files, tiny, tm
         monkeypatch.setenv('TIMM_CROSSFORMER_CACHE', str(tmp_path / 'second'))
         host.requests.clear()
         assert equal(timm.create_model(TINY, pretrained=True), tiny)
-        assert server.requests and not host.requests and store.stored(TINY)['fetched_from'] == 'hub'
+        assert server.requests and not host.requests and store.stored(TINY).fetched_from == 'hub'
         monkeypatch.setenv('TIMM_CROSSFORMER_HUB', 'nobody')
         monkeypatch.setenv('TIMM_CROSSFORMER_CACHE', str(tmp_path / 'third'))
         assert equal(timm.create_model(TINY, pretrained=True), tiny)
-        assert host.requests and store.stored(TINY)['fetched_from'] == 'drive'
+        assert host.requests and store.stored(TINY).fetched_from == 'drive'
 
 
 def test_threads_wait_for_the_first(host, tiny):
@@ -428,6 +426,63 @@ def test_a_store_that_cannot_be_written_is_named(host, tmp_path, monkeypatch):
     assert not host.requests
 
 
+def homeless(monkeypatch):
+    for name in ('HOME', 'TIMM_CROSSFORMER_CACHE', 'XDG_CACHE_HOME', 'USERPROFILE'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, 'expanduser', lambda path: path)  # as for a user id without an entry
+
+
+def test_without_a_home_the_variable_is_named(host, tiny, tmp_path, monkeypatch, capsys):
+    homeless(monkeypatch)
+    with pytest.raises(FetchError, match=r'needs a home directory.*TIMM_CROSSFORMER_CACHE'):
+        timm.create_model(TINY, pretrained=True)
+    assert cli.main(['fetch', TINY]) == cli.NETWORK and 'Traceback' not in capsys.readouterr().err
+    assert cli.main(['list']) == cli.OK and not host.requests
+    assert 'drive' in capsys.readouterr().out
+    assert equal(timm.create_model(TINY, pretrained=True, cache_dir=str(tmp_path)), tiny)
+
+
+def test_weights_are_fetched_without_stderr(host, tiny, monkeypatch):
+    monkeypatch.setattr(sys, 'stderr', None)
+    host.faults[drive_id(TINY)] = ['quota']  # and the note that the other host was asked
+    assert equal(timm.create_model(TINY, pretrained=True), tiny)
+    assert sys.stderr is None and cli.main(['fetch', TINY]) == cli.OK
+
+
+def test_credentials_and_tokens_are_used_and_never_told(host, tiny, files, tmp_path, monkeypatch, capsys, caplog):
+    secret = host.address.replace('//', '//me:pa55word@')
+    monkeypatch.setenv('TIMM_CROSSFORMER_DRIVE_URL', f'{secret}/drive')
+    monkeypatch.setenv('TIMM_CROSSFORMER_FLOWVISION_URL', f'{secret}/t0ken/flowvision')
+    host.login = 'me:pa55word'
+    told = [str(caplog.text)]
+    for source in ('drive', 'flowvision'):
+        store.fetch(TINY, source=source, force=True)
+        config = (tmp_path / 'store' / TINY / 'config.json').read_text()
+        assert f'"{host.address} for https://' in config
+        told.append(config + (tmp_path / 'store' / TINY / 'README.md').read_text())
+    assert any('/t0ken/' in request for request in host.requests)
+    for fault in ('404', '503', 'quota', 'unknown', 'cut', 'flip', '401'):
+        host.faults[drive_id(TINY)] = [fault] * 9
+        host.faults[source_of(TINY, 'flowvision').name] = [fault] * 9
+        try:
+            store.fetch(TINY, force=True)
+        except (FetchError, CheckpointError) as e:
+            told.append(''.join(traceback.format_exception(e)))
+        cli.main(['fetch', TINY, '--force', '--json'])
+        told.extend(capsys.readouterr())
+    host.login = 'me:other'
+    with pytest.raises(FetchError, match='no permission') as e:
+        store.fetch(TINY, force=True)
+    told.append(''.join(traceback.format_exception(e.value)))
+    monkeypatch.setenv('TIMM_CROSSFORMER_DRIVE_URL', 'http://me:pa55word@127.0.0.1:9/t0ken')
+    monkeypatch.setenv('TIMM_CROSSFORMER_FLOWVISION_URL', 'http://me:pa55word@nowhere.invalid/t0ken')
+    with pytest.raises(FetchError, match='no network connection') as e:
+        store.fetch(TINY, force=True)
+    told.append(''.join(traceback.format_exception(e.value)))
+    for text in (*told, caplog.text):
+        assert 'pa55word' not in text and 't0ken' not in text
+
+
 def test_list_says_where_weights_are(host, capsys):
     def shown(tag):
         assert cli.main(['list', tag]) == cli.OK
@@ -473,8 +528,8 @@ def test_no_request_is_made_by_importing_or_listing(host, tmp_path):
 
 def test_the_digest_is_that_of_names_types_shapes_and_bytes():
     a, b = {'x': torch.ones(2), 'y': torch.zeros(3)}, {'y': torch.zeros(3), 'x': torch.ones(2)}
-    assert hub.tensor_digest(a) == hub.tensor_digest(b)
+    assert writing.tensor_digest(a) == writing.tensor_digest(b)
     for other in ({**a, 'x': torch.ones(2).half()}, {**a, 'x': torch.ones(1, 2)}, {'z': a['x'], 'y': a['y']},
                   {**a, 'x': torch.tensor([1., 1.0000001])}):
-        assert hub.tensor_digest(other) != hub.tensor_digest(a)
-    assert hub.tensor_digest({'s': torch.tensor(1.), 'e': torch.zeros(0), 't': torch.rand(3, 2).t()})
+        assert writing.tensor_digest(other) != writing.tensor_digest(a)
+    assert writing.tensor_digest({'s': torch.tensor(1.), 'e': torch.zeros(0), 't': torch.rand(3, 2).t()})

@@ -182,16 +182,17 @@ def test_torchrun(data, tmp_path):
 
 
 def test_bundled_weights_are_those_that_were_measured():
-    from timm_crossformer.hub import manifest, sha256, weights_dir
+    from timm_crossformer.checkpoints.files import hash_file
+    from timm_crossformer.checkpoints.records import manifest, weights_dir
 
-    record = next(record for record in manifest() if record['tag'] == 'test_crossformer.cifar10')
-    weights, (source,) = weights_dir() / record['bundled'], record['sources']
-    assert (source['size'], source['sha256']) == (weights.stat().st_size, sha256(weights))
-    assert source['size'] < 4e6
+    record = next(record for record in manifest() if record.tag == 'test_crossformer.cifar10')
+    weights, (source,) = weights_dir() / record.bundled, record.sources
+    assert (source.size, source.sha256) == (weights.stat().st_size, hash_file(weights))
+    assert source.size < 4e6
     results = BENCHMARKS / 'results' / 'train' / 'test_crossformer.cifar10'
     with open(results / 'accuracy.csv', newline='') as file:
         row, = csv.DictReader(file)
-    metric, = record['metrics']
+    metric, = record.metrics
     assert metric['value'] == float(row['accuracy'])
     assert metric['dataset'].startswith(row['data'])
     assert row['images'] == '10000'

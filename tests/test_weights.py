@@ -8,12 +8,13 @@ import timm
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_crossformer  # noqa: F401
-from timm_crossformer import hub
+from timm_crossformer.checkpoints import records
+from timm_crossformer.checkpoints.files import hash_file
 from timm_crossformer.config import per_stage
 from timm_crossformer.crossformer import default_cfgs
 from timm_crossformer.variants import VARIANTS
 
-RECORDS = hub.manifest()
+RECORDS = [record.to_json() for record in records.manifest()]
 FIELDS = {
     'tag': str, 'origin': str, 'origin_url': (str, type(None)), 'sources': list, 'bundled': (str, type(None)),
     'dense': bool, 'license': str, 'digest': (str, type(None)), 'group_size': list, 'interval': list,
@@ -50,6 +51,11 @@ def test_record_has_the_schema(record):
         assert 0 < metric['value'] < 100 and metric['source']
 
 
+def test_records_are_the_manifest():
+    manifest = json.loads((records.weights_dir() / 'manifest.json').read_text())
+    assert manifest['weights'] == RECORDS
+
+
 def test_one_record_per_tag_with_weights():
     tags = [record['tag'] for record in RECORDS]
     assert len(set(tags)) == len(tags)
@@ -62,7 +68,7 @@ def test_record_agrees_with_the_registry(record):
     cfg = timm.models.get_pretrained_cfg(record['tag'])
     kinds = {source['kind']: source for source in record['sources']}
     if record['bundled']:
-        assert Path(cfg.file) == hub.weights_dir() / record['bundled'] and 'package' in kinds
+        assert Path(cfg.file) == records.weights_dir() / record['bundled'] and 'package' in kinds
     elif 'hub' in kinds:
         assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (kinds['hub']['id'], kinds['hub']['file'])
     else:
@@ -106,9 +112,9 @@ def test_birder_hashes_and_sizes_are_those_of_birders_registry():
     pytest.importorskip('birder.net.crossformer')
     from birder.model_registry import registry
 
-    records = [record for record in RECORDS if record['origin'] == 'birder']
-    assert len(records) == 2
-    for record in records:
+    birders = [record for record in RECORDS if record['origin'] == 'birder']
+    assert len(birders) == 2
+    for record in birders:
         source, = record['sources']
         published = registry.get_pretrained_metadata(source['file'].removesuffix('.pt'))
         assert source['sha256'] == published['formats']['pt']['sha256']
@@ -120,20 +126,21 @@ def test_birder_hashes_and_sizes_are_those_of_birders_registry():
 
 @pytest.mark.parametrize('record', [r for r in RECORDS if r['bundled']], ids=ids)
 def test_bundled_file(record):
-    path = hub.weights_dir() / record['bundled']
+    path = records.weights_dir() / record['bundled']
     source, = record['sources']
-    assert path.stat().st_size == source['size'] and hub.sha256(path) == source['sha256']
+    assert path.stat().st_size == source['size'] and hash_file(path) == source['sha256']
     model = timm.create_model(record['tag'], pretrained=True)
     assert model.num_classes == record['cfg']['num_classes']
 
 
 def test_a_bundled_file_becomes_a_tag_once_it_exists(tmp_path, monkeypatch):
-    record = {'tag': 'test_crossformer.x', 'bundled': 'x.safetensors', 'cfg': {'num_classes': 10}}
+    tag, cfg = 'test_crossformer.x', {'num_classes': 10}
+    record = dict(RECORDS[0], tag=tag, bundled='x.safetensors', cfg=cfg)
     (tmp_path / 'manifest.json').write_text(json.dumps({'weights': [record]}))
-    monkeypatch.setattr(hub, 'weights_dir', lambda: tmp_path)
-    assert not list(hub.bundled_weights())
+    monkeypatch.setattr(records, 'weights_dir', lambda: tmp_path)
+    assert not list(records.bundled_weights())
     (tmp_path / 'x.safetensors').write_bytes(b'')
-    assert list(hub.bundled_weights()) == [('test_crossformer.x', str(tmp_path / 'x.safetensors'), {'num_classes': 10})]
+    assert list(records.bundled_weights()) == [(tag, str(tmp_path / 'x.safetensors'), cfg)]
 
 
 def test_every_variant_has_a_cfg():
@@ -141,7 +148,7 @@ def test_every_variant_has_a_cfg():
 
 
 def test_readme_gives_the_command_for_every_origin():
-    readme = (hub.weights_dir() / 'README.md').read_text()
+    readme = (records.weights_dir() / 'README.md').read_text()
     for record in RECORDS:
         assert (record['origin_url'] or record['bundled']) in readme
         assert record['tag'].partition('.')[0] in readme

@@ -1,6 +1,6 @@
 """`python -m timm_crossformer` is the command `timm-crossformer`."""
 import sys
 
-from .cli import main
+from timm_crossformer_cli import main
 
 sys.exit(main())

@@ -8,7 +8,6 @@ import json
 import os
 import runpy
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
@@ -19,24 +18,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line and return the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    from .convert import CheckpointError  # late, so that --help needs no PyTorch
-    from .hub import FetchError
+    from .checkpoints.errors import UnknownWeightsError, WeightsError  # late, so that --help needs no PyTorch
 
     try:
         return args.run(args)
-    except FetchError as e:
-        return _fail(str(e), REFUSED if isinstance(e, CheckpointError) else NETWORK)
+    except UnknownWeightsError as e:
+        return _fail(f'{e} `timm-crossformer list` shows the names that have weights.', e.exit_code)
+    except WeightsError as e:
+        return _fail(str(e), e.exit_code)
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
-    except (ValueError, OSError, ImportError) as e:  # CheckpointError is a ValueError
+    except (ValueError, OSError, ImportError) as e:
         return _fail(str(e), REFUSED)
-    except RuntimeError as e:
-        words = ('Unknown model', 'Invalid pretrained tag', 'No weights', 'No pretrained weights')  # timm's, and ours
-        if not str(e).startswith(words):
-            raise
-        told = str(e).partition('. ')[0]
-        return _fail(f'{told}. `timm-crossformer list` shows the names that have weights.', USAGE)
     except KeyboardInterrupt:
         return _fail('interrupted', 130)
 
@@ -61,17 +55,25 @@ def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int
     return parser
 
 
+def _write(text: str, stream: Any) -> None:
+    """Write a line, if there is a stream; what its encoding has not, file names that are no UTF-8 too, as numbers."""
+    if stream is not None:
+        encoding = getattr(stream, 'encoding', None) or 'utf-8'
+        stream.write(text.encode(encoding, 'backslashreplace').decode(encoding) + '\n')
+        stream.flush()
+
+
 def _fail(message: str, code: int) -> int:
-    print(f'timm-crossformer: {message}', file=sys.stderr)
+    _note(f'timm-crossformer: {message}')
     return code
 
 
 def _note(message: str) -> None:
-    print(message, file=sys.stderr)
+    _write(message, sys.stderr)
 
 
 def _emit(data: Any, args: argparse.Namespace, text: str) -> None:
-    print(json.dumps(data, indent=2, default=str) if args.json else text)
+    _write(json.dumps(data, indent=2, default=str) if args.json else text, sys.stdout)
 
 
 def _table(rows: List[List[str]]) -> str:
@@ -130,27 +132,29 @@ def _add_list(subparsers: Any) -> None:
 def _list(args: argparse.Namespace) -> int:
     import fnmatch
 
-    from .hub import manifest
-    from .store import places
+    from .checkpoints.records import manifest
+    from .checkpoints.store import places
 
-    records = [dict(record, weights=places(record)) for record in manifest()
-               if fnmatch.fnmatch(record['tag'], f'{args.pattern}*')]
+    records = [record for record in manifest() if fnmatch.fnmatch(record.tag, f'{args.pattern}*')]
     if not records:
         return _fail(f'no weights match {args.pattern!r}. Try `timm-crossformer list`.', USAGE)
     words = {'package': 'in this package', 'store': 'in the store', 'browser': 'browser only'}
     rows = [['weights', 'params', 'GMACs', 'metric', 'value', 'source', 'where they are']]
+    data = []
     for record in records:
-        metric = next(iter(record['metrics']), None)
+        metric = next(iter(record.metrics), None)
+        here = places(record)
         rows.append([
-            record['tag'],
-            f'{record["params"] / 1e6:.1f}M',
-            f'{record["gmacs"]:.1f}',
+            record.tag,
+            f'{record.params / 1e6:.1f}M',
+            f'{record.gmacs:.1f}',
             metric['name'] if metric else '-',
             f'{metric["value"]:.1f}' if metric else '-',
             metric['source'] if metric else '-',
-            ', '.join(words.get(place, place) for place in record['weights']),
+            ', '.join(words.get(place, place) for place in here),
         ])
-    _emit(records, args, _table(rows))
+        data.append({**record.to_json(), 'weights': here})
+    _emit(data, args, _table(rows))
     return OK
 
 
@@ -164,28 +168,30 @@ def _add_fetch(subparsers: Any) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from .store import cross_check, fetch
+    from .checkpoints.store import cross_check, fetch
 
     if args.file and (len(args.tags) > 1 or args.source or args.cross_check):
         return _fail('--from is for one tag, without --source and --cross-check.', USAGE)
     if args.cross_check and args.source:
         return _fail('--cross-check asks all hosts: leave --source out.', USAGE)
-    results, lines = [], []
+    results: List[Dict[str, Any]] = []
+    lines: List[str] = []
     for tag in args.tags:
         if args.cross_check:
-            result = cross_check(tag)
-            facts = {'digest': result['digest'], 'sources': result['sources']}
-            lines.append(f'{result["tag"]}: {result["tensors"]} tensors are the same. For the manifest:\n'
-                         f'{json.dumps(facts, indent=2)}')
+            checked = cross_check(tag)
+            lines_of_manifest = {
+                'digest': checked.digest, 'sources': [source.to_json() for source in checked.sources]}
+            lines.append(f'{checked.tag}: {checked.tensors} tensors are the same. For the manifest:\n'
+                         f'{json.dumps(lines_of_manifest, indent=2)}')
+            results.append({'tag': checked.tag, 'tensors': checked.tensors, **lines_of_manifest})
         else:
-            result = fetch(tag, args.source, args.file, args.force)
-            place = result['directory'] or result.get('weights') or 'comes with the package'
-            words = f'{result["tag"]}: {place}'
-            if result.get('digest'):
-                words += (f'\n  from {result["fetched_from"]} on {result["date"]}, {_size(result["source_size"])}, '
-                          f'sha256 {result["source_sha256"]}\n  digest of the weights {result["digest"]}')
-            lines.append(words)
-        results.append(result)
+            fetched = fetch(tag, args.source, args.file, args.force)
+            known = fetched.conversion
+            place = (known and known.directory) or fetched.weights or 'comes with the package'
+            lines.append(f'{fetched.tag}: {place}' + (
+                f'\n  from {fetched.fetched_from} on {known.date}, {_size(known.source_size or 0)}, '
+                f'sha256 {known.source_sha256}\n  digest of the weights {known.digest}' if known else ''))
+            results.append(fetched.to_json())
     _emit(results, args, '\n'.join(lines))
     return OK
 
@@ -201,7 +207,8 @@ def _add_convert(subparsers: Any) -> None:
     parser.add_argument('--lda-grouping', choices=('map', 'region', 'grid'), help='groups of long-distance attention')
     parser.add_argument('--num-classes', type=int, metavar='N', help='0 leaves the classifier out')
     parser.add_argument('--dtype', choices=('fp32', 'fp16', 'bf16'), help='of the weights written (default: as it is)')
-    parser.add_argument('--key', metavar='KEY', help='of the state dict in the checkpoint (default: found, EMA first)')
+    parser.add_argument('--key', metavar='KEY', help='key or prefix of the network in the checkpoint (default: found, '
+                        'EMA first)')
     parser.add_argument('--sha256', metavar='HASH', help='hash, or its beginning, that SRC must have')
     parser.add_argument('--license', metavar='ID', help='licence of the weights, for the model card')
     parser.add_argument('--overwrite', action='store_true', help='replace files of DIR')
@@ -210,44 +217,42 @@ def _add_convert(subparsers: Any) -> None:
 def _convert(args: argparse.Namespace) -> int:
     import torch
 
-    from .hub import convert_file
+    from .checkpoints.planning import GROUPS
+    from .checkpoints.writing import convert_file
 
     dtype = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16, None: None}[args.dtype]
     source = Path(args.source)
     with _progress(f'convert {source.name}', 2 * source.stat().st_size if source.is_file() else 0) as progress:
-        facts = convert_file(
+        written = convert_file(
             source,
             args.directory,
             model=args.model,
-            group_size=args.group_size,
-            lda_group_size=args.lda_group_size,
-            interval=args.interval,
-            lda_grouping=args.lda_grouping,
+            groups={name: getattr(args, name) for name in GROUPS},
             num_classes=args.num_classes,
             dtype=dtype,
-            container=args.key,
+            key=args.key,
             expected_sha256=args.sha256,
             license=args.license,
             overwrite=args.overwrite,
-            progress=progress,
+            progress=progress.update,
         )
-    if facts['left_out']:
-        _note(f'{facts["left_out"]} weights of other parts of the detector or segmenter were left out.')
-    if facts['dense']:
+    if written.left_out:
+        _note(f'{written.left_out} weights of other parts of the detector or segmenter were left out.')
+    if written.dense:
         _note('A backbone without final norm and classifier: use it with features_only=True.')
     _note({
         'option': 'Groups as the options say.',
         'checkpoint': 'Groups as the checkpoint itself says.',
         'default': "The checkpoint does not name its groups: they are the default of its origin.",
-    }[facts['groups_from']])
-    arguments = ', '.join(f'{key}={value}' for key, value in facts['args'].items())
-    _emit(facts, args, '\n'.join([
-        f'{facts["directory"]}: {facts["model"]}({arguments}) from {facts["origin"]} weights'
-        + (f' under {facts["container"]}' if facts['container'] else ''),
-        f'  {facts["params"] / 1e6:.1f}M parameters, {facts["num_classes"]} classes, {facts["dtype"]}, '
-        f'{_size(facts["size"])}',
-        f'  sha256 {facts["sha256"]}',
-        f'  timm.create_model("local-dir:{facts["directory"]}", pretrained=True)',
+    }[written.groups_from])
+    arguments = ', '.join(f'{key}={value}' for key, value in written.args.items())
+    _emit(written.to_json(), args, '\n'.join([
+        f'{written.directory}: {written.model}({arguments}) from {written.origin} weights'
+        + (f' under {written.container}' if written.container else ''),
+        f'  {written.params / 1e6:.1f}M parameters, {written.num_classes} classes, {written.dtype}, '
+        f'{_size(written.size)}',
+        f'  sha256 {written.sha256}',
+        f'  timm.create_model("local-dir:{written.directory}", pretrained=True)',
     ]))
     return OK
 
@@ -259,12 +264,14 @@ def _add_verify(subparsers: Any) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .hub import verify_directory
+    from dataclasses import asdict
+
+    from .checkpoints.verifying import verify_directory
 
     checks = verify_directory(args.directory, args.against)
-    ok = all(check['ok'] for check in checks)
-    text = '\n'.join(f'{"ok  " if c["ok"] else "FAIL"}  {c["check"]}: {c["detail"]}' for c in checks)
-    _emit({'directory': args.directory, 'ok': ok, 'checks': checks}, args, text)
+    ok = all(check.ok for check in checks)
+    text = '\n'.join(f'{"ok  " if check.ok else "FAIL"}  {check.check}: {check.detail}' for check in checks)
+    _emit({'directory': args.directory, 'ok': ok, 'checks': list(map(asdict, checks))}, args, text)
     return OK if ok else REFUSED
 
 
@@ -277,7 +284,7 @@ def _add_push(subparsers: Any) -> None:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from .hub import push_directory
+    from .checkpoints.hub import push_directory
 
     result = push_directory(args.directory, args.repo_id, args.private, args.dry_run)
     rows = [[name, _size(size)] for name, size in result['files'].items()]
@@ -308,7 +315,8 @@ def _add_weights(parser: Any) -> None:
 
 
 def _load(args: argparse.Namespace, **kwargs: Any) -> Any:
-    from .hub import bundled_weights, load_model
+    from .checkpoints.records import bundled_weights
+    from .checkpoints.verifying import load_model
 
     if args.model is None and args.weights is None:
         args.model = next((tag for tag, _, _ in bundled_weights()), 'crossformer_tiny')
@@ -347,10 +355,25 @@ def _reader(model: Any, whole: bool = False, size: Optional[Sequence[int]] = Non
                 return transform(image.convert('L' if channels == 1 else 'RGB'))
         except UnidentifiedImageError:
             raise ValueError(f'{path} is no image. Pass a JPEG, PNG or any other format Pillow reads.') from None
-        except OSError as e:  # not there, a folder, truncated
-            raise ValueError(f'{path} cannot be read: {e.strerror or e}. Pass intact image files.') from None
+        except Exception as e:  # not there, a folder, truncated, too large; damaged bytes can fail in any way
+            words = getattr(e, 'strerror', None) or e
+            raise ValueError(f'{path} cannot be read: {words}. Pass intact image files.') from None
 
     return read, *(torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+
+
+def _each(paths: Sequence[str], read: Callable[[str], Any], title: str, failed: List[str]) -> Iterator[Any]:
+    """Yield path and pixels of every image; one that cannot be read is reported, and added to `failed`."""
+    with _progress(title, len(paths), unit='image') as progress:
+        for path in paths:
+            try:
+                pixels = read(path)
+            except ValueError as e:
+                _fail(str(e), REFUSED)
+                failed.append(path)
+            else:
+                yield path, pixels
+            progress.update(1)
 
 
 def _add_classify(subparsers: Any) -> None:
@@ -371,19 +394,19 @@ def _classify(args: argparse.Namespace) -> int:
     read, _, _ = _reader(model)
     names = _class_names(model)
     results: List[Dict[str, Any]] = []
-    with torch.inference_mode(), _progress('classify', len(args.images), unit='image') as progress:
-        for path in args.images:
-            scores = model(read(path)[None])[0].softmax(dim=0)
+    failed: List[str] = []
+    with torch.inference_mode():
+        for path, image in _each(args.images, read, 'classify', failed):
+            scores = model(image[None])[0].softmax(dim=0)
             top = scores.topk(min(args.topk, len(scores)))
             results.append({'image': path, 'classes': [
                 {'index': int(i), 'name': names(int(i)), 'probability': round(float(p), 6)}
                 for p, i in zip(top.values, top.indices, strict=True)
             ]})
-            progress(1)
     _emit(results, args, '\n'.join(
         f'{result["image"]}\n' + '\n'.join(f'  {c["probability"]:6.1%}  {c["name"]}' for c in result['classes'])
         for result in results))
-    return OK
+    return REFUSED if failed else OK
 
 
 def _class_names(model: Any) -> Callable[[int], str]:
@@ -411,25 +434,25 @@ def _features(args: argparse.Namespace) -> int:
     model = _load(args, features_only=True)
     read, mean, std = _reader(model, args.whole)
     pictures, pyramids, results = [], [], []
-    with torch.inference_mode(), _progress('features', len(args.images), unit='image') as progress:
-        for path in args.images:
-            image = read(path)
+    failed: List[str] = []
+    with torch.inference_mode():
+        for path, image in _each(args.images, read, 'features', failed):
             levels = [level[0] for level in model(image[None])]
             pictures.append(image * std + mean)
             pyramids.append(levels)
             results.append({'image': path, 'levels': [
                 {'shape': list(level.shape), 'mean': float(level.mean()), 'std': float(level.std())} for level in levels
             ]})
-            progress(1)
-    if args.out:
+    if args.out and results:
+        from .checkpoints.files import printable
         from .viz import draw_pyramids
 
-        draw_pyramids(pictures, pyramids, args.out, [Path(path).name for path in args.images])
+        draw_pyramids(pictures, pyramids, args.out, [printable(Path(result['image']).name) for result in results])
         _note(f'wrote {args.out}')
     _emit(results, args, '\n'.join(
         f'{result["image"]}  ' + '  '.join('×'.join(map(str, level['shape'])) for level in result['levels'])
         for result in results))
-    return OK
+    return REFUSED if failed else OK
 
 
 def _add_attention(subparsers: Any) -> None:
@@ -501,17 +524,19 @@ def _add_export(subparsers: Any) -> None:
 def _export(args: argparse.Namespace) -> int:
     import timm
 
+    from .checkpoints.verifying import check_name
     from .export import PROBES, export_model, verify_exported
 
     pretrained = args.pretrained or args.model.startswith(('local-dir:', 'hf-hub:'))
+    check_name(args.model, pretrained)
     model = timm.create_model(args.model, pretrained=pretrained, features_only=args.features).eval()
     with _progress('export', 2 if args.verify else 1, unit='step') as progress:
         traced = (230, 310) if args.dynamic else args.size  # of unlike sides, or they would be taken for one
         path = export_model(model, args.path, args.format, traced, args.dynamic)
-        progress(1)
+        progress.update(1)
         probes = PROBES if args.dynamic else [(1, *args.size)]
         differences = verify_exported(model, path, probes) if args.verify else {}
-        progress(1)
+        progress.update(1)
     result = {
         'path': str(path), 'format': args.format, 'dynamic': args.dynamic, 'size': path.stat().st_size,
         'verified': [{'batch': b, 'height': h, 'width': w, 'difference': d} for (b, h, w), d in differences.items()]}
@@ -533,16 +558,14 @@ def _add_exec(subparsers: Any) -> None:
 
 
 def _exec(args: argparse.Namespace) -> int:
-    from .convert import safe_globals
-
     script = Path(args.script)
     if not script.is_file():
         return _fail(f'{script} is no file. Pass the path of a Python script.', USAGE)
     sys.argv = [str(script), *args.arguments]
     sys.path.insert(0, str(script.resolve().parent))
+    os.environ['TIMM_CROSSFORMER_SCRIPT'] = str(script.resolve())  # for the processes it starts, too
     try:
-        with safe_globals():  # timm's scripts read checkpoints themselves
-            runpy.run_path(str(script), run_name='__main__')
+        runpy.run_module('timm_crossformer._script', run_name='__main__', alter_sys=True)
     except SystemExit:
         raise
     except BaseException:  # the script's own failure, shown as Python shows it
@@ -551,13 +574,11 @@ def _exec(args: argparse.Namespace) -> int:
     return OK
 
 
-@contextmanager
-def _progress(title: str, total: int, unit: str = 'B') -> Iterator[Callable[[int], Any]]:
+def _progress(title: str, total: int, unit: str = 'B') -> Any:
     """Show a bar on stderr if it is a terminal, for work that takes a while."""
-    from tqdm import tqdm
+    from .checkpoints.files import bar
 
-    with tqdm(total=total, desc=title, unit=unit, unit_scale=unit == 'B', disable=None, leave=False, delay=0.5) as bar:
-        yield bar.update
+    return bar(title, total, unit, delay=0.5)
 
 
 COMMANDS: List[Callable[[Any], None]] = [

@@ -1,17 +1,21 @@
 """The variants, registered with timm. The file's name is the module name in timm's registry."""
 import difflib
 import inspect
+import warnings
 from typing import Any, Dict, Optional, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from .convert import CheckpointError, convert_state_dict, read_checkpoint
-from .hub import bundled_weights, explain_failure, fetch_weights, file_to_read
+from .checkpoints.errors import CheckpointError
+from .checkpoints.fitting import convert_state_dict, fit
+from .checkpoints.hub import explain_failure, fetch_weights, file_to_read
+from .checkpoints.parsing import open_checkpoint
+from .checkpoints.records import bundled_weights, find, groups_of
+from .checkpoints.store import fetch, tag_of
 from .model import CrossFormer, CrossFormerFeatures
-from .store import fetch, find, tag_of
-from .variants import TAG_ARGS, VARIANTS
+from .variants import VARIANTS
 
 __all__ = ['CrossFormer']
 
@@ -98,31 +102,32 @@ def _create_crossformer(
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else getattr(pretrained_cfg, 'tag', None)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict() if pretrained else {}
     published = tag_of(cfg)
-    tag_args = TAG_ARGS.get(tag or '', {})
+    tag_args = groups_of(f'{variant}.{tag}')
     _check_arguments(variant, kwargs)
     if published:
-        if find(published)['dense'] and not kwargs.get('features_only'):
+        if find(published).dense and not kwargs.get('features_only'):
             raise CheckpointError(
                 f'{published} is the backbone of a detector or segmenter, without final norm and classifier. Create it '
                 f'with `features_only=True`, or take {variant}.in1k.')
-        facts = fetch(published, cache_dir=kwargs.get('cache_dir'))
-        cfg['file'] = facts['weights']
-        pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=facts['weights'])
-        if facts['groups_from'] == 'checkpoint':  # it knows better
+        fetched = fetch(published, cache_dir=kwargs.get('cache_dir'))
+        cfg['file'] = fetched.weights
+        pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=fetched.weights)
+        if fetched.conversion and fetched.conversion.groups_from == 'checkpoint':  # it knows better
             tag_args = {
                 name: tuple(value) if isinstance(value, list) else value
-                for name, value in facts['args'].items() if name in ('group_size', 'interval')}
+                for name, value in fetched.conversion.args.items() if name in ('group_size', 'interval')}
     tag_args = {name: value for name, value in tag_args.items() if name not in kwargs}
     kwargs = {**VARIANTS[variant], **tag_args, **kwargs}
     depths = kwargs['depths']
     stages = len(depths) if isinstance(depths, (list, tuple)) else 0  # the model refuses anything else
     out_indices = kwargs.pop('out_indices', tuple(range(stages)))
     path = file_to_read(cfg, fetch_weights(cfg, kwargs.get('cache_dir')))
-    if path:  # timm's reader takes fewer files than ours: give it a state dict in name, and let the filter read
-        pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, state_dict={'file': str(path)})
+    parsed = open_checkpoint(path) if path else None  # timm's reader takes fewer files than ours
+    if parsed:
+        pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, state_dict=parsed.state_dict)
 
-    def read(state_dict: Dict[str, Any], model: CrossFormer) -> Dict[str, Any]:
-        return convert_state_dict(read_checkpoint(path) if path else state_dict, model)
+    def fitted(state_dict: Dict[str, Any], model: CrossFormer) -> Dict[str, Any]:
+        return fit(parsed, model) if parsed else convert_state_dict(state_dict, model)
 
     with explain_failure(cfg):
         model = build_model_with_cfg(
@@ -131,11 +136,11 @@ def _create_crossformer(
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=pretrained_cfg_overlay,
-            pretrained_filter_fn=read,
+            pretrained_filter_fn=fitted,
             feature_cfg=dict(feature_cls=CrossFormerFeatures, flatten_sequential=True, out_indices=out_indices),
             **kwargs,
         )
-    if path:
+    if parsed:
         cast(Dict[str, Any], model.pretrained_cfg).pop('state_dict')
     if tag_args:
         model._model_args = tag_args  # timm records what the caller gave; an export needs these as well
@@ -159,7 +164,9 @@ def _register(fn):
         raise ImportError(
             f'timm already has a model `{fn.__name__}`, from {owner}. '
             'Import only one of the two packages, or upgrade timm_crossformer.')
-    return register_model(fn)
+    with warnings.catch_warnings():  # timm warns if this package is imported a second time in one process
+        warnings.simplefilter('ignore', UserWarning)
+        return register_model(fn)
 
 
 @_register

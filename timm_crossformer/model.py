@@ -12,16 +12,15 @@ from timm.layers import (
     ClassifierHead,
     calculate_drop_path_rates,
     get_act_layer,
-    get_device_dtype,
     get_norm_layer,
     trunc_normal_,
 )
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 
-from ._timm import checkpoint_seq, feature_take_indices, update_model_input_size
+from ._timm import checkpoint_seq, device_and_dtype, feature_take_indices, reset_head, update_model_input_size
+from .checkpoints.fitting import check_head, check_variant, convert_state_dict, is_foreign
 from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
-from .convert import check_head, check_variant, convert_state_dict, is_foreign
 from .inference import check_form, inference_form, pack_convolutions
 from .layers import CrossFormerBlock, CrossScaleEmbed, Permute
 from .ops.grouping import LDA_GROUPINGS
@@ -385,9 +384,9 @@ class CrossFormer(nn.Module):
         check_whole('num_classes', [num_classes], 0)
         _check_pool(global_pool)
         self.num_classes = num_classes
-        dd = get_device_dtype(self)
+        dd = device_and_dtype(self)
         self.head.in_features = self.num_features  # smaller after pruning
-        self.head.reset(num_classes, pool_type=global_pool, **dd)
+        reset_head(self.head, num_classes, global_pool, **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(

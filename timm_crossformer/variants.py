@@ -1,7 +1,7 @@
 """What the variants are, as data."""
 from typing import Any, Dict
 
-__all__ = ['TAG_ARGS', 'VARIANTS']
+__all__ = ['VARIANTS']
 
 _PP_ARGS: Dict[str, Any] = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), lda_grouping='region', cooling=True)
 
@@ -22,11 +22,4 @@ VARIANTS: Dict[str, Dict[str, Any]] = {
     'test_crossformer': dict(
         embed_dim=(32, 48, 64, 96), depths=(2, 2, 4, 2), num_heads=(1, 2, 2, 3), group_size=4, interval=(4, 2, 1, 1),
     ),
-}
-
-# Groups that weights were trained with, by tag, where they differ from the variant's.
-TAG_ARGS: Dict[str, Dict[str, Any]] = {
-    'semantic_fpn_ade20k': dict(group_size=(14, 14, 7, 7), interval=(16, 8, 2, 1)),
-    'birder_arabian_peninsula_256': dict(group_size=8),
-    'birder_arabian_peninsula_384': dict(group_size=12),
 }

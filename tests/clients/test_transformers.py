@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from timm_crossformer.hub import convert_file
+from timm_crossformer.checkpoints.writing import convert_file
 from timm_crossformer.model import CrossFormerFeatures
 
 pytestmark = [

@@ -19,7 +19,7 @@ import timm.models
 from fetch import CACHE, PACKAGE
 
 import timm_crossformer
-from timm_crossformer.convert import convert_state_dict
+from timm_crossformer.checkpoints.fitting import convert_state_dict
 
 if not (CACHE / PACKAGE).is_dir():
     pytest.skip('`make conformance` fetches the tests of timm', allow_module_level=True)

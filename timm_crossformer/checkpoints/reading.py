@@ -1,35 +1,37 @@
 """Read checkpoint files as data: nothing that a file names is imported, nothing that it asks for is called.
 
 Three formats: safetensors, what torch.save writes (zip, and the one before PyTorch 1.6), and the zipped directories of
-OneFlow. A pickle is run by an interpreter of its own that knows tensors and plain data. Whatever else it describes
-(configs, arguments, paths, histories, optimizers) becomes a `Foreign`, which keeps nothing; a name through which code
-could be run ends the reading.
+OneFlow. A pickle is run by an interpreter that knows tensors and plain data. Whatever else it describes (configs,
+arguments, paths, histories, optimizers) becomes a `Foreign`, which keeps nothing; a name through which code could be
+run ends the reading.
 """
 import io
+import mmap
 import pickle
 import posixpath
 import re
 import sys
 import zipfile
 from collections import OrderedDict
+from functools import cache
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Mapping, NoReturn, Optional, Sequence, Tuple, cast
+from typing import Any, BinaryIO, Callable, Dict, List, Mapping, NoReturn, Optional, Tuple, Type, Union
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ['CheckpointError', 'Foreign', 'is_packed', 'read_file']
+from .errors import CheckpointError
+from .transfer import page_title
+
+__all__ = ['Foreign', 'read_checkpoint']
 
 _MAX_PICKLE = 64 * 2 ** 20  # bytes of a .pth's structure, without its tensors; real ones have less than one MiB
 _MAX_ONEFLOW = 2 * 2 ** 30  # bytes of an unpacked OneFlow archive
+_MAX_KEYS = 100_000  # of a checkpoint; the largest CrossFormer in a detector with optimizer has a few thousand
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950a86a20f9469cfc6c, 1001  # begin a file of torch.save before PyTorch 1.6
-
-
-class CheckpointError(ValueError, RuntimeError):
-    """A checkpoint that cannot be used as it is. A RuntimeError too, since that is what `load_state_dict` raises."""
 
 
 class Foreign:
@@ -37,9 +39,30 @@ class Foreign:
 
     __slots__ = ()
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> 'Foreign':
+        """Make one of whatever is given, by an instance as well as by the class."""
+        return object.__new__(cls if isinstance(cls, type) else Foreign)
 
-class _Storage:
-    """Bytes of tensors: where they are, or what has been read of them."""
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __call__(self, *args: Any) -> 'Foreign':
+        """Stand in for what a function of the file's own would return."""
+        return Foreign()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        return
+
+    def extend(self, items: Any) -> None:
+        """Take what a list of the file's own class would hold."""
+
+    append = add = extend
+
+
+class _Storage(Foreign):
+    """Bytes of tensors, as a tensor of one dimension: where they are, or what has been read of them."""
+
+    __slots__ = ('data',)
 
     def __init__(self, data: Tensor):
         self.data = data
@@ -112,8 +135,11 @@ _DTYPE_NAMES = {
 # ---- what a pickle may make: each takes what the file says, and checks it
 
 
-def _plain_dict(*args: Any) -> Dict[Any, Any]:
-    return OrderedDict(args[0]) if args and isinstance(args[0], dict) else OrderedDict()
+class _Dict(OrderedDict):
+    """A dict of any class: yacs' config in official checkpoints, for one."""
+
+    def __init__(self, *args: Any):
+        super().__init__(args[0] if args and isinstance(args[0], (dict, list)) else ())
 
 
 def _plain_set(*args: Any) -> Any:
@@ -129,25 +155,32 @@ def _bytes_of(*args: Any) -> Any:
     return args[0].encode('latin1') if args[1:] == ('latin1',) and isinstance(args[0], str) else Foreign()
 
 
-def _tensor_v2(*args: Any) -> Any:
+def _tensor(*args: Any) -> Any:
+    """Make a tensor of storage, offset, size, stride; at the seventh place, how its numbers are to be read."""
     storage, offset, size, stride = args[:4]
-    return _strided(storage.data, offset, size, stride) if isinstance(storage, _Storage) else Foreign()
+    return _strided(storage.data, offset, size, stride, args[6:]) if isinstance(storage, _Storage) else Foreign()
 
 
 def _tensor_v3(*args: Any) -> Any:
+    """Make a tensor of a type without a storage of its own: as above, with the dtype before the metadata."""
     storage, offset, size, stride, _, _, dtype = args[:7]
     if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
         return Foreign()
-    return _strided(storage.data.view(torch.uint8).view(dtype), offset, size, stride)
+    return _strided(storage.data.view(torch.uint8).view(dtype), offset, size, stride, args[7:])
 
 
-def _strided(data: Tensor, offset: Any, size: Any, stride: Any) -> Tensor:
+def _strided(data: Tensor, offset: Any, size: Any, stride: Any, metadata: Tuple[Any, ...]) -> Tensor:
     for numbers in (size, stride):
         if not isinstance(numbers, tuple) or not all(type(n) is int and n >= 0 for n in numbers):
             raise pickle.UnpicklingError('sizes and strides are whole numbers')
     if type(offset) is not int or offset < 0 or len(size) != len(stride):
         raise pickle.UnpicklingError('a tensor needs an offset, and a stride for each size')
-    return data.as_strided(size, stride, offset)  # raises beyond the storage's end
+    if 0 in size:  # whose offset and strides need not lie inside
+        return torch.empty_strided(size, stride, dtype=data.dtype)
+    tensor = data.as_strided(size, stride, offset)  # raises beyond the storage's end
+    lazy = metadata[0] if metadata and isinstance(metadata[0], dict) else {}
+    tensor = tensor.conj() if lazy.get('conj') else tensor
+    return torch._neg_view(tensor) if lazy.get('neg') else tensor  # both lazy: nothing is read or copied
 
 
 def _parameter(*args: Any) -> Any:
@@ -156,7 +189,7 @@ def _parameter(*args: Any) -> Any:
 
 def _of_type(*args: Any) -> Any:
     """Make a tensor of a subclass, a plain tensor here."""
-    return _call(args[0], args[2]) if len(args) > 2 else Foreign()
+    return args[0](*args[2]) if len(args) > 2 and args[0] in _TENSORS and isinstance(args[2], tuple) else Foreign()
 
 
 def _attribute(*args: Any) -> Any:
@@ -166,44 +199,51 @@ def _attribute(*args: Any) -> Any:
     return Foreign
 
 
-_MAKERS: Dict[str, Callable[..., Any]] = {
+_TENSORS = (_tensor, _tensor_v3, _parameter)
+_MAKERS: Dict[str, Any] = {
     'builtins.getattr': _attribute,
     'builtins.set': _plain_set,
     'builtins.frozenset': _plain_set,
-    'collections.Counter': _plain_dict,
-    'collections.OrderedDict': _plain_dict,
-    'collections.defaultdict': _plain_dict,
-    'yacs.config.CfgNode': _plain_dict,  # the config in official checkpoints
+    'collections.Counter': _Dict,
+    'collections.OrderedDict': _Dict,
+    'collections.defaultdict': _Dict,
+    'yacs.config.CfgNode': _Dict,
     '_codecs.encode': _bytes_of,
     'torch.Size': _plain_tuple,
-    'torch.serialization._get_layout': lambda *args: Foreign(),
-    'torch._utils._rebuild_tensor': _tensor_v2,
-    'torch._utils._rebuild_tensor_v2': _tensor_v2,
+    'torch.serialization._get_layout': Foreign,
+    'torch._utils._rebuild_tensor': _tensor,
+    'torch._utils._rebuild_tensor_v2': _tensor,
     'torch._utils._rebuild_tensor_v3': _tensor_v3,
     'torch._utils._rebuild_parameter': _parameter,
     'torch._utils._rebuild_parameter_with_state': _parameter,
     'torch._tensor._rebuild_from_type_v2': _of_type,
 }
-_CALLABLE = frozenset(map(id, _MAKERS.values()))
-
-
-def _call(made_by: Any, args: Any) -> Any:
-    """Make what a pickle describes by a name and arguments."""
-    if made_by is Foreign or isinstance(made_by, Foreign):
-        return Foreign()
-    if id(made_by) not in _CALLABLE or not isinstance(args, tuple):
-        raise pickle.UnpicklingError(f'a {type(made_by).__name__} makes nothing')
-    return made_by(*args)
-
 
 # The unpickler in Python: the one in C can be made to reserve memory without bound, and has no table to change.
 _Unpickler: Any = pickle._Unpickler
 
 
+def _filling(code: int, kind: type, depth: int) -> Callable[[Any], None]:
+    """Make an instruction fill containers of its kind alone: a tensor, too, can add and has items."""
+    fill = _Unpickler.dispatch[code]
+
+    def check_and_fill(reader: Any) -> None:
+        target = reader.stack[-depth] if depth else reader.metastack[-1][-1]
+        if not isinstance(target, (kind, Foreign)):
+            raise pickle.UnpicklingError(f'a {type(target).__name__} takes no items')
+        fill(reader)
+
+    return check_and_fill
+
+
 class _Reader(_Unpickler):
-    """Interpreter of pickles in which names are looked up in the tables above and nowhere else."""
+    """Interpreter of pickles in which names are looked up in the tables above and nowhere else.
+
+    So what a file can call is a maker of these tables or a `Foreign`; what it can fill, a container or a `Foreign`.
+    """
 
     dispatch: Dict[int, Any] = dict(_Unpickler.dispatch)
+    stand_in: Type[Foreign] = Foreign
 
     def __init__(self, file: Any, storages: Optional[Callable[[torch.dtype, str, int], _Storage]] = None):
         super().__init__(file, encoding='latin1')
@@ -219,14 +259,16 @@ class _Reader(_Unpickler):
         if module == 'torch' and name in _DTYPE_NAMES:
             return _DTYPE_NAMES[name]
         if _is_refused(module, name):
-            raise _Refused(f'{module}.{name}')
-        return Foreign
+            raise _Refused(f'{module}.{name}'[:200])
+        return self.stand_in
 
     def persistent_load(self, pid: Any) -> Any:
-        if isinstance(pid, tuple) and pid[:1] == ('module',):
-            return Foreign  # a class, with its source text
-        if self._storages is None or not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage':
-            raise pickle.UnpicklingError('only storages stand outside the pickle')
+        if self._storages is None or not isinstance(pid, tuple) or len(pid) < 2:
+            raise pickle.UnpicklingError('no storages here')
+        if pid[0] == 'module':  # a class with its source
+            return pid[1]
+        if pid[0] != 'storage' or len(pid) < 5:
+            raise pickle.UnpicklingError('a storage has five properties')
         dtype, key, numel = pid[1], pid[2], pid[4]
         if not isinstance(dtype, torch.dtype):
             return Foreign()
@@ -237,80 +279,52 @@ class _Reader(_Unpickler):
     def get_extension(self, code: int) -> NoReturn:
         raise pickle.UnpicklingError('names by number are those of another process')
 
-    def _reduce(self) -> None:
-        args = self.stack.pop()
-        self.stack[-1] = _call(self.stack[-1], args)
-
-    def _newobj_ex(self) -> None:
-        self.stack.pop()  # names and values: no maker takes any
-        self._reduce()
-
-    def _obj(self) -> None:
-        made_by, *args = self.pop_mark()
-        self.append(_call(made_by, tuple(args)))
-
-    def _inst(self) -> None:
-        module, name = (self.readline()[:-1].decode('ascii') for _ in range(2))
-        self.append(_call(self.find_class(module, name), tuple(self.pop_mark())))
-
     def _build(self) -> None:
-        self.stack.pop()  # the state of an object: attributes of a dict, or anything of a stand-in
+        self.take_state(self.stack.pop())
 
-    def _setitem(self) -> None:
-        value = self.stack.pop()
-        self._update([self.stack.pop(), value])
+    def take_state(self, state: Any) -> None:
+        """Leave alone what would become attributes of an object, or be given to its own code."""
 
-    def _update(self, items: Sequence[Any]) -> None:
-        self._fill(dict, lambda target: target.update(zip(items[::2], items[1::2], strict=True)))
-
-    def _append(self) -> None:
-        value = self.stack.pop()
-        self._fill(list, lambda target: target.append(value))
-
-    def _extend(self) -> None:
-        items = self.pop_mark()
-        self._fill(list, lambda target: target.extend(items))
-
-    def _add(self) -> None:
-        items = self.pop_mark()
-        self._fill(set, lambda target: target.update(items))
-
-    def _fill(self, kind: type, fill: Callable[[Any], None]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, kind):
-            fill(target)
-        elif not isinstance(target, Foreign):
-            raise pickle.UnpicklingError(f'a {type(target).__name__} takes no items')
-
-    dispatch.update({
-        pickle.REDUCE[0]: _reduce,
-        pickle.NEWOBJ[0]: _reduce,
-        pickle.NEWOBJ_EX[0]: _newobj_ex,
-        pickle.OBJ[0]: _obj,
-        pickle.INST[0]: _inst,
-        pickle.BUILD[0]: _build,
-        pickle.SETITEM[0]: _setitem,
-        pickle.SETITEMS[0]: lambda self: self._update(self.pop_mark()),
-        pickle.APPEND[0]: _append,
-        pickle.APPENDS[0]: _extend,
-        pickle.ADDITEMS[0]: _add,
-    })
+    dispatch[pickle.BUILD[0]] = _build
+    dispatch.update({code[0]: _filling(code[0], kind, depth) for code, kind, depth in (
+        (pickle.APPEND, list, 2), (pickle.APPENDS, list, 0), (pickle.SETITEM, dict, 3), (pickle.SETITEMS, dict, 0),
+        (pickle.ADDITEMS, set, 0))})
 
 
 # ---- files
 
 
-def read_file(path: Path) -> Any:
-    """Read a checkpoint file, whatever its suffix.
+def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
+    """Read a checkpoint file without running anything in it.
+
+    Args:
+        path: A safetensors file, a file of `torch.save`, or OneFlow's in a zip, whatever its suffix.
 
     Raises:
-        CheckpointError: The file is damaged, or asks for code to be run.
+        CheckpointError: The file is damaged, holds more than data, or is no checkpoint.
     """
+    path = Path(path)
+    checkpoint = _read_file(path)
+    if not isinstance(checkpoint, Mapping):
+        kind = 'an object' if isinstance(checkpoint, Foreign) else f'a {type(checkpoint).__name__}'
+        raise CheckpointError(
+            f'A checkpoint needs to be a dict of tensors, {path} holds {kind}. Save the state dict, not the model.')
+    if len(checkpoint) > _MAX_KEYS:
+        raise CheckpointError(f'A checkpoint has at most {_MAX_KEYS} keys, {path} has {len(checkpoint)}.')
+    return checkpoint
+
+
+def _read_file(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f'A checkpoint needs to be a file, got {path}. Check the path.')
+    with open(path, 'rb') as file:
+        start = file.read(1024)
     size = path.stat().st_size
+    other = _other_kind(start)
+    if other:
+        raise CheckpointError(f'{path} is no checkpoint: {other}')
     try:
-        if _is_safetensors(path, size):
+        if path.suffix == '.safetensors' or (start[8:9] == b'{' and int.from_bytes(start[:8], 'little') < size):
             return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -329,31 +343,44 @@ def read_file(path: Path) -> Any:
         raise CheckpointError(f'{path} is no intact checkpoint: it cannot be read. Fetch it again.') from e
 
 
-def _is_safetensors(path: Path, size: int) -> bool:
-    """Tell safetensors by suffix, or by content: the length of a header, and the header, in JSON."""
-    with open(path, 'rb') as file:
-        start = file.read(9)
-    return path.suffix == '.safetensors' or (start[8:] == b'{' and int.from_bytes(start[:8], 'little') < size)
+_PACKED = {
+    b'\x1f\x8b': 'gzip', b'\xfd7zXZ\0': 'xz', b'BZh': 'bzip2', b"7z\xbc\xaf'\x1c": '7-Zip', b'Rar!\x1a\x07': 'RAR',
+    b'\x28\xb5\x2f\xfd': 'Zstandard',
+}
 
 
-def is_packed(path: Path) -> bool:
-    """Tell an archive that may unpack to more than it is: OneFlow's, within the bound above."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return _oneflow_root(archive) is not None
+def _other_kind(start: bytes) -> str:
+    """Say what a file is, by its beginning, and what to do, if it is a usual thing in a checkpoint's place."""
+    text = start.lstrip(b'\xef\xbb\xbf \t\r\n').lower()
+    if text.startswith((b'<!doctype', b'<html', b'<?xml', b'<head')):
+        title = page_title(start.decode('utf-8', 'replace'))
+        return (f'it is a web page, {title!r}, which a host shows in the place of the file. Open the address in a '
+                'browser, confirm or log in, and save the file itself.')
+    if text.startswith(b'version https://git-lfs.github.com/'):
+        return ('it is a pointer of Git LFS, which stands for the file in a clone. Run `git lfs pull` there, or '
+                'download the file from the page of the repository.')
+    packer = next((name for magic, name in _PACKED.items() if start.startswith(magic)), None)
+    if packer:
+        return f'it is packed with {packer}. Unpack it, and pass the file inside.'
+    if start[257:262] == b'ustar':
+        return ('it is a tar archive. Unpack it, and pass the file inside; if torch.save wrote it before PyTorch 0.2, '
+                'load and save it again with PyTorch 1.')
+    return '' if start else 'it is empty. Fetch it again.'
 
 
 def _read_zip(path: Path, archive: zipfile.ZipFile, size: int) -> Any:
     """Read what torch.save writes. Tensors stay in the file until they are used."""
     infos = {info.filename: info for info in archive.infolist()}
+    structures = [name for name in infos if posixpath.basename(name) == 'data.pkl']
+    if len(structures) != 1:
+        files = [name for name in infos if not name.endswith('/') and not name.startswith('__MACOSX/')]
+        raise CheckpointError(
+            f'{path} is no checkpoint: it is a zip archive of {", ".join(sorted(files)[:5]) or "nothing"}. Unpack it, '
+            'and pass the checkpoint inside.')
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()) or (
             sum(info.file_size for info in infos.values()) > size):
         raise CheckpointError(
             f'A checkpoint of torch.save is not compressed, {path} is. Fetch it again from its origin.')
-    structures = [name for name in infos if posixpath.basename(name) == 'data.pkl']
-    if len(structures) != 1:
-        raise CheckpointError(f'{path} is no checkpoint: it is an archive of something else. Check the file.')
     if infos[structures[0]].file_size > _MAX_PICKLE:
         raise CheckpointError(f'The structure of a checkpoint has at most {_MAX_PICKLE} bytes, {path} has more.')
     damaged = archive.testzip()
@@ -363,26 +390,27 @@ def _read_zip(path: Path, archive: zipfile.ZipFile, size: int) -> Any:
     order = posixpath.join(root, 'byteorder')
     if order in infos and archive.read(order) != b'little':
         raise CheckpointError(f'{path} was written on a big-endian machine. Save it again on another one.')
-    memory = np.memmap(path, np.uint8, 'c')  # private: writes stay in memory
+    with open(path, 'rb') as file:  # a private view: writes stay in memory
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
+    @cache  # tensors of one storage share it
     def storage(dtype: torch.dtype, key: str, numel: int) -> _Storage:
         info = infos[posixpath.join(root, 'data', key)]
-        start = _data_offset(memory, info)
+        header = memory[info.header_offset:info.header_offset + 30]  # then a name and an extra field, then the bytes
+        if header[:4] != b'PK\3\4':
+            raise zipfile.BadZipFile('no local header')
+        lengths = header[26:28], header[28:30]
+        start = info.header_offset + 30 + sum(int.from_bytes(length, 'little') for length in lengths)
         nbytes = numel * dtype.itemsize
         if nbytes > info.file_size or start + nbytes > size:
             raise pickle.UnpicklingError('a storage is larger than its record')
-        data = memory[start:start + nbytes]
-        return _Storage(torch.from_numpy(data if start % dtype.itemsize == 0 else data.copy()).view(dtype))
+        if not numel:
+            return _Storage(torch.empty(0, dtype=dtype))
+        if start % dtype.itemsize:
+            return _Storage(torch.frombuffer(bytearray(memory[start:start + nbytes]), dtype=dtype))
+        return _Storage(torch.frombuffer(memory, dtype=dtype, count=numel, offset=start))
 
     return _Reader(io.BytesIO(archive.read(structures[0])), storage).load()
-
-
-def _data_offset(memory: np.ndarray, info: zipfile.ZipInfo) -> int:
-    """Return where the bytes of a stored record begin: after its local header, a name and an extra field."""
-    header = memory[info.header_offset:info.header_offset + 30].tobytes()
-    if header[:4] != b'PK\3\4':
-        raise zipfile.BadZipFile('no local header')
-    return info.header_offset + 30 + int.from_bytes(header[26:28], 'little') + int.from_bytes(header[28:30], 'little')
 
 
 class _Bounded:
@@ -424,10 +452,6 @@ def _read_legacy(path: Path, size: int) -> Any:
         return known[1]
 
     with open(path, 'rb') as file:
-        if file.read(262)[257:] == b'ustar':
-            raise CheckpointError(
-                f'{path} has the format of PyTorch before 0.2. Load and save it again with PyTorch 1.')
-        file.seek(0)
         head = _Bounded(file)
         if _Reader(head).load() != _LEGACY_MAGIC or _Reader(head).load() != _LEGACY_PROTOCOL:
             raise pickle.UnpicklingError('no magic number')
@@ -436,13 +460,14 @@ def _read_legacy(path: Path, size: int) -> Any:
             raise CheckpointError(f'{path} was written on a big-endian machine. Save it again on another one.')
         checkpoint = _Reader(head, storage).load()
         for key in _Reader(head).load():
-            data = storages[str(key)][1].data
+            data = storages.pop(str(key))[1].data
             if int.from_bytes(file.read(8), 'little') != data.numel():
                 raise pickle.UnpicklingError('a storage has another length')
-            raw = data.view(torch.uint8).numpy() if data.numel() else np.empty(0, np.uint8)
-            if file.readinto(cast(Any, raw)) != raw.nbytes:
+            raw = bytearray(file.read(data.nbytes))
+            if len(raw) != data.nbytes:
                 raise EOFError
-            del storages[str(key)]
+            if raw:
+                data.copy_(torch.frombuffer(raw, dtype=data.dtype))
         if storages:
             raise EOFError
     return checkpoint
@@ -451,18 +476,20 @@ def _read_legacy(path: Path, size: int) -> Any:
 # ---- OneFlow
 
 _ONEFLOW_DTYPES = {
-    'kFloat': '<f4', 'kDouble': '<f8', 'kFloat16': '<f2', 'kInt8': 'i1', 'kInt32': '<i4', 'kInt64': '<i8',
-    'kUInt8': 'u1', 'kChar': 'i1', 'kBool': '?',
+    'kFloat': torch.float32, 'kDouble': torch.float64, 'kFloat16': torch.float16, 'kInt8': torch.int8,
+    'kInt32': torch.int32, 'kInt64': torch.int64, 'kUInt8': torch.uint8, 'kChar': torch.int8, 'kBool': torch.bool,
 }
 
 
 def _oneflow_root(archive: zipfile.ZipFile) -> Optional[str]:
     """Return the directory of a OneFlow model in an archive, None if it has none."""
-    for name in archive.namelist():
+    names = archive.namelist()
+    for name in names:
         if posixpath.basename(name) in ('snapshot_done', 'pickled_data') and not name.startswith('__MACOSX/'):
             return posixpath.dirname(name)
-    metas = [name for name in archive.namelist() if posixpath.basename(name) == 'meta']
-    return posixpath.commonpath([posixpath.dirname(posixpath.dirname(name)) for name in metas]) if metas else None
+    folders = [posixpath.dirname(name) for name in names if posixpath.basename(name) == 'meta']
+    folders = [folder for folder in folders if posixpath.join(folder, 'out') in names]
+    return posixpath.commonpath(list(map(posixpath.dirname, folders))) if folders else None
 
 
 def _read_oneflow(path: Path, archive: zipfile.ZipFile, root: str) -> Mapping[str, Any]:
@@ -474,6 +501,7 @@ def _read_oneflow(path: Path, archive: zipfile.ZipFile, root: str) -> Mapping[st
     if sum(info.file_size for info in infos.values()) > _MAX_ONEFLOW:
         raise CheckpointError(f'{path} unpacks to more than {_MAX_ONEFLOW} bytes. Check the file.')
 
+    @cache  # a file may name one tensor many times
     def read(folder: str) -> Tensor:
         meta, out = (infos[posixpath.join(root, folder, name)] for name in ('meta', 'out'))
         if meta.file_size > 2 ** 16:
@@ -502,25 +530,18 @@ class _Pointer(Foreign):
 
 
 class _OneFlowReader(_Reader):
-    dispatch: Dict[int, Any] = dict(_Reader.dispatch)
+    stand_in = _Pointer
 
-    def _build(self) -> None:
-        state = self.stack.pop()
+    def take_state(self, state: Any) -> None:
+        """Keep the path of a tensor."""
         folder = state.get('path') if isinstance(state, dict) else None
-        if isinstance(folder, str) and type(self.stack[-1]) is Foreign:
-            pointer = _Pointer()
-            pointer.folder = folder
-            for key, value in self.memo.items():
-                if value is self.stack[-1]:
-                    self.memo[key] = pointer
-            self.stack[-1] = pointer
-
-    dispatch[pickle.BUILD[0]] = _build
+        if isinstance(folder, str) and isinstance(self.stack[-1], _Pointer):
+            self.stack[-1].folder = folder
 
 
 def _with_tensors(data: Mapping[str, Any], read: Callable[[str], Tensor], depth: int = 3) -> 'OrderedDict[str, Any]':
     return OrderedDict(
-        (key, read(value.folder) if isinstance(value, _Pointer)
+        (key, read(value.folder) if hasattr(value, 'folder')
          else _with_tensors(value, read, depth - 1) if isinstance(value, dict) and depth else value)
         for key, value in data.items())
 
@@ -528,11 +549,11 @@ def _with_tensors(data: Mapping[str, Any], read: Callable[[str], Tensor], depth:
 def _oneflow_tensor(path: Path, meta: str, out: bytes, folder: str) -> Tensor:
     shape = re.search(r'shape\s*\{([^{}]*)\}', meta)
     kind = re.search(r'data_type:\s*(\w+)', meta)
-    dims = [int(n) for n in re.findall(r'dim:\s*(\d{1,10})\b', shape[1])] if shape else []
-    dtype = np.dtype(_ONEFLOW_DTYPES.get(kind[1] if kind else '', 'V'))
-    if not shape or not kind or dtype.kind == 'V':
+    dtype = _ONEFLOW_DTYPES.get(kind[1]) if kind else None
+    if not shape or not kind or dtype is None:
         raise CheckpointError(f'{path}: {folder}/meta gives no shape and type that can be read. Fetch it again.')
-    if len(out) != int(np.prod(dims, dtype=object)) * dtype.itemsize:
+    dims: List[int] = [int(n) for n in re.findall(r'dim:\s*(\d{1,10})\b', shape[1])]
+    if len(out) != prod(dims) * dtype.itemsize:
         raise CheckpointError(
             f'{path} is damaged: {folder} has {len(out)} bytes for {dims} of {kind[1]}. Fetch it again.')
-    return torch.from_numpy(np.frombuffer(bytearray(out), dtype).reshape(dims))
+    return torch.frombuffer(bytearray(out), dtype=dtype).reshape(dims) if out else torch.empty(dims, dtype=dtype)
