@@ -177,20 +177,6 @@ def _check_arguments(qkv: Tensor, table: Tensor, num_heads: int, rows: Sequence[
                 'Compute it for a group at least that long.')
 
 
-# Tools take a graph apart down to this operator; what it does is the backend's business. `torch.library.custom_op`
-# would look for shared memory among arguments and results in every call, 2% of the time of one image on a CPU.
-torch.library.define(
-    'timm_crossformer::grouped_attention',
-    '(Tensor qkv, Tensor table, int num_heads, SymInt[] rows, SymInt[] cols, str backend) -> Tensor',
-    tags=torch.Tag.pt2_compliant_tag)
-torch.library.define(
-    'timm_crossformer::grouped_attention_backward',
-    '(Tensor grad, Tensor qkv, Tensor table, int num_heads, SymInt[] rows, SymInt[] cols, str backend) '
-    '-> (Tensor, Tensor)',
-    tags=torch.Tag.pt2_compliant_tag)
-
-
-@torch.library.impl('timm_crossformer::grouped_attention', 'CompositeExplicitAutograd')
 def _forward(qkv: Tensor, table: Tensor, num_heads: int, rows: List[int], cols: List[int], backend: str) -> Tensor:
     _check_arguments(qkv, table, num_heads, rows, cols)
     if backend == 'cpu':
@@ -200,7 +186,6 @@ def _forward(qkv: Tensor, table: Tensor, num_heads: int, rows: List[int], cols: 
     return reference.grouped_attention(qkv, table, num_heads, _layout(rows), _layout(cols))
 
 
-@torch.library.impl('timm_crossformer::grouped_attention_backward', 'CompositeExplicitAutograd')
 def _backward(
         grad: Tensor, qkv: Tensor, table: Tensor, num_heads: int, rows: List[int], cols: List[int], backend: str,
 ) -> Tuple[Tensor, Tensor]:
@@ -209,12 +194,10 @@ def _backward(
     return cpu.backward(grad, qkv, table, num_heads, _layout(rows), _layout(cols))  # right on any device
 
 
-@torch.library.register_fake('timm_crossformer::grouped_attention')
 def _fake_forward(qkv: Tensor, table: Tensor, num_heads: int, rows: Any, cols: Any, backend: str) -> Tensor:
     return qkv.new_empty([*qkv.shape[:3], qkv.shape[3] // 3])
 
 
-@torch.library.register_fake('timm_crossformer::grouped_attention_backward')
 def _fake_backward(
         grad: Tensor, qkv: Tensor, table: Tensor, num_heads: int, rows: Any, cols: Any, backend: str,
 ) -> Tuple[Tensor, Tensor]:
@@ -239,10 +222,6 @@ def _differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     return (*(next(found) if i in wanted else None for i in (0, 1)), None, None, None, None)
 
 
-torch.library.register_autograd('timm_crossformer::grouped_attention', _differentiate, setup_context=_remember)
-_operator: Any = torch.ops.timm_crossformer.grouped_attention.default
-
-
 def _layout(numbers: Sequence[int]) -> Layout:
     return numbers[0], numbers[1], numbers[2]
 
@@ -256,14 +235,35 @@ def _count(qkv: Sequence[int], rows: Sequence[int], cols: Sequence[int]) -> int:
     return 2 * batch * pairs * channels // 3
 
 
-@register_flop_formula(torch.ops.timm_crossformer.grouped_attention)
 def _flops(qkv: Any, table: Any, num_heads: int, rows: List[int], cols: List[int], *_: Any, **__: Any) -> int:
     """Count scores, and the sum of values."""
     return 2 * _count(qkv, rows, cols)
 
 
-@register_flop_formula(torch.ops.timm_crossformer.grouped_attention_backward)
 def _flops_backward(
         grad: Any, qkv: Any, table: Any, num_heads: int, rows: List[int], cols: List[int], *_: Any, **__: Any) -> int:
     """Count scores again, and the gradients of scores, queries, keys and values."""
     return 5 * _count(qkv, rows, cols)
+
+
+def _register() -> None:
+    """Register the operators with PyTorch, for the process: importing the package anew finds them."""
+    arguments = 'Tensor qkv, Tensor table, int num_heads, SymInt[] rows, SymInt[] cols, str backend'
+    for name, signature, run, fake in (
+            ('grouped_attention', f'({arguments}) -> Tensor', _forward, _fake_forward),
+            ('grouped_attention_backward', f'(Tensor grad, {arguments}) -> (Tensor, Tensor)',
+             _backward, _fake_backward)):
+        name = f'timm_crossformer::{name}'
+        torch.library.define(name, signature, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, 'CompositeExplicitAutograd', run)
+        torch.library.register_fake(name, fake)
+    torch.library.register_autograd('timm_crossformer::grouped_attention', _differentiate, setup_context=_remember)
+    register_flop_formula(torch.ops.timm_crossformer.grouped_attention)(_flops)
+    register_flop_formula(torch.ops.timm_crossformer.grouped_attention_backward)(_flops_backward)
+
+
+# Tools take a graph apart down to this operator; what it does is the backend's business. `torch.library.custom_op`
+# would look for shared memory among arguments and results in every call, 2% of the time of one image on a CPU.
+if not hasattr(torch.ops.timm_crossformer, 'grouped_attention'):
+    _register()
+_operator: Any = torch.ops.timm_crossformer.grouped_attention.default
