@@ -130,8 +130,10 @@ def test_the_operator_keeps_its_word(name):
     qkv, table, heads, rows, cols = case(name)
     args = qkv, table, heads, list(rows), list(cols), 'cpu'
     torch.library.opcheck(torch.ops.timm_crossformer.grouped_attention.default, args)
-    grad = torch.randn(*qkv.shape[:3], qkv.shape[3] // 3)
-    args = grad, qkv.detach(), table.detach(), *args[2:]
+    args = qkv, table, heads, list(rows), list(cols), 'triton', True  # which the reference serves on a CPU
+    torch.library.opcheck(torch.ops.timm_crossformer.grouped_attention.default, args)
+    out, logsumexp = (x.detach() for x in torch.ops.timm_crossformer.grouped_attention(*args))
+    args = torch.randn_like(out), qkv.detach(), table.detach(), out, logsumexp, *args[2:-1]
     torch.library.opcheck(torch.ops.timm_crossformer.grouped_attention_backward.default, args)
 
 
@@ -139,7 +141,7 @@ def test_flops_are_counted_on_tokens_that_exist():
     for name, pairs in (('whole', 28 ** 2), ('sda with a remainder', (3 ** 2 + 3 ** 2 + 1) * (4 ** 2 + 1))):
         qkv, *args = case(name)
         forward = 2 * 2 * 2 * pairs * 16  # two products of images, pairs and channels
-        for attend, backward in ((grouped_attention, 4), (lambda *args: operator._operator(*args, 'cpu'), 5)):
+        for attend, backward in ((grouped_attention, 4), (lambda *args: operator._operator(*args, 'cpu')[0], 5)):
             with FlopCounterMode(display=False) as counter:  # the first shows its products, the second is one operator
                 attend(qkv, *args).sum().backward()
             assert counter.get_total_flops() == forward + forward * backward // 2

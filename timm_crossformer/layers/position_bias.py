@@ -5,11 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import triton
 from ..ops.grouping import divide
-from .plain import is_eager_inference, is_plain
-
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class DynamicPosBias(nn.Module):
@@ -52,9 +48,6 @@ class DynamicPosBias(nn.Module):
         if isinstance(offsets, torch.fx.Proxy):  # the graph is layers alone
             return self.mlp(offsets)
         device_type = offsets.device.type
-        if device_type == 'cuda' and self._suits_kernel(offsets):
-            norms = [layer.eps for layer in self.mlp if isinstance(layer, nn.LayerNorm)]
-            return triton.position_table(offsets, list(self.mlp.parameters()), norms).permute(1, 2, 0)
         # The compiler of torch 2.9 cannot trace the question whether there is autocast; where it compiles to, there is.
         available = device_type != 'meta' and (
             torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type))
@@ -62,17 +55,6 @@ class DynamicPosBias(nn.Module):
             return self.mlp(offsets)
         with torch.autocast(device_type, enabled=False):
             return self.mlp(offsets)
-
-    def _suits_kernel(self, offsets: Tensor) -> bool:
-        """Return whether one kernel can compute the whole MLP: inference in eager mode on CUDA."""
-        parameters = list(self.mlp.parameters())
-        return (
-            is_eager_inference(offsets)
-            and is_plain(self.mlp, (nn.Sequential, OffsetLinear, nn.LayerNorm, nn.ReLU, nn.Linear))
-            and len(self.mlp) == 10 and len(parameters) == 14
-            and all(type(p) is nn.Parameter and p.dtype in _KERNEL_DTYPES for p in parameters)
-            and triton.supports_table(parameters[0].shape[0], parameters[12].shape[0])
-            and triton.works_on(offsets.device))
 
 
 class OffsetLinear(nn.Linear):
