@@ -54,7 +54,7 @@ def variant(dtype: torch.dtype, head_dim: int, members: int, backward: bool, tf3
         if step == 64 and -(-members // 32) * 32 < 0.9 * (-(-members // 64) * 64):  # 14 x 14: much of it would be idle
             step = 32
     light = dtype != torch.float32 and block_dim <= 32
-    warps = max(1, block * step // 1024) * (1 if light else 2)
+    warps = max(1, block * step // 1024) * (1 if light else 4 if block_dim > 64 else 2)
     # A pass that waits for memory gains from a third program at work.
     resident_warps = 12 if light and one_tile and not backward else 8
     options = {'num_warps': warps, 'num_stages': 1, 'enable_fp_fusion': True}
