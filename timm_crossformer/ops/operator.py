@@ -231,14 +231,14 @@ def _remember(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
     """Return the gradients of all arguments; by way of the reference where they will be differentiated themselves."""
-    qkv, table = ctx.saved_tensors[:2]
+    saved = ctx.saved_tensors  # checkpointing allows to ask once
     if not torch.is_grad_enabled():
-        grads = torch.ops.timm_crossformer.grouped_attention_backward(grad, *ctx.saved_tensors, *ctx.arguments)
+        grads = torch.ops.timm_crossformer.grouped_attention_backward(grad, *saved, *ctx.arguments)
         return (*grads, None, None, None, None, None)
     num_heads, rows, cols, _ = ctx.arguments
     wanted = [i for i in (0, 1) if ctx.needs_input_grad[i]]
-    out = reference.grouped_attention(qkv, table, num_heads, _layout(rows), _layout(cols))
-    found = iter(torch.autograd.grad(out, [ctx.saved_tensors[i] for i in wanted], grad, create_graph=True))
+    out = reference.grouped_attention(saved[0], saved[1], num_heads, _layout(rows), _layout(cols))
+    found = iter(torch.autograd.grad(out, [saved[i] for i in wanted], grad, create_graph=True))
     return (*(next(found) if i in wanted else None for i in (0, 1)), None, None, None, None, None)
 
 

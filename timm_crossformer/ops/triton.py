@@ -60,7 +60,7 @@ def variant(dtype: torch.dtype, head_dim: int, members: int, backward: bool, tf3
     options = {'num_warps': warps, 'num_stages': 1, 'enable_fp_fusion': True}
     if not hip:
         # Left alone, the assembler may spill a few registers so that more programs run at once.
-        options['maxnreg'] = min(255, _REGISTERS // (32 * resident_warps) // 8 * 8)
+        options['maxnreg'] = min(255, _REGISTERS // (32 * max(resident_warps, warps)) // 8 * 8)
     constants = {
         'HEAD_DIM': head_dim,
         'BLOCK_DIM': block_dim,
