@@ -229,8 +229,10 @@ def _remember(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) 
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
+def _differentiate(ctx: Any, grad: Optional[Tensor], _: Any) -> Tuple[Optional[Tensor], ...]:
     """Return the gradients of all arguments; by way of the reference where they will be differentiated themselves."""
+    if grad is None:
+        return (None,) * 7
     saved = ctx.saved_tensors  # checkpointing allows to ask once
     if not torch.is_grad_enabled():
         grads = torch.ops.timm_crossformer.grouped_attention_backward(grad, *saved, *ctx.arguments)

@@ -73,6 +73,14 @@ def variant(dtype: torch.dtype, head_dim: int, members: int, backward: bool, tf3
         tuple(constants.items()), tuple(options.items()), block, step, one_tile, max(1, resident_warps // warps))
 
 
+def pairs_options(variant: Variant) -> Dict[str, Any]:
+    """Return constants and options of the kernel for pairs, whose tiles are square."""
+    options = dict((*variant.constants, *variant.options))
+    del options['STEP']
+    wide = options['BLOCK_DIM'] > 64
+    return {**options, 'BLOCK': variant.step, 'num_warps': options['num_warps'] * (2 if wide else 1)}
+
+
 def _power_of_2(number: int) -> int:
     """Return the next power of 2 from a number up."""
     return 1 << (number - 1).bit_length()
@@ -241,8 +249,7 @@ def _grad_table(
     """Differentiate with regard to the table where groups are large, for a few heads at a time."""
     padded = plan.steps * plan.variant.step
     some = max(1, min(num_heads, _PAIRS // padded ** 2))
-    options = {name: value for name, value in plan.options.items() if name != 'STEP'}
-    options['BLOCK'] = plan.variant.step
+    options = pairs_options(plan.variant)
     found = []
     for first in range(0, num_heads, some):
         some = min(some, num_heads - first)
