@@ -471,7 +471,7 @@ def _add_attention(subparsers: Any) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument('--whole', action='store_true', help='in its own size, not the resized centre')
     size.add_argument('--size', type=_height_width, metavar='H,W', help='stretched to this height and width')
-    parser.add_argument('--out', metavar='PNG', help='picture to write: stages as rows, short and long distance beside')
+    parser.add_argument('--out', metavar='PNG', help='picture to write: stages side by side, long distance below short')
 
 
 def _attention(args: argparse.Namespace) -> int:
