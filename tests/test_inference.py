@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from common import GROUPINGS, fakes_cuda, lively, noise, small
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -326,7 +326,7 @@ def _load(args: argparse.Namespace, **kwargs: Any) -> Any:
 
 def _fast(model: Any) -> Any:
     """Return the inference form of a model."""
-    from timm.models import reparameterize_model
+    from timm.utils import reparameterize_model
 
     return reparameterize_model(model, inplace=True)
 

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 import torch
 import torch.nn.functional as F
 from timm.layers import GELU, DropPath, GELUTanh, LayerNorm, Mlp, RmsNorm
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from ._modes import evaluating

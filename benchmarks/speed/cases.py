@@ -110,7 +110,7 @@ def build(
         if task == 'features':
             args['features_only'] = True
         model = timm.create_model(name, **args)
-        model = timm.models.reparameterize_model(model) if reparam else model
+        model = timm.utils.reparameterize_model(model) if reparam else model
     if not dtype.startswith('amp'):
         model = model.to(DTYPES[dtype])
     model = model.to(device).train(task == 'train')
