@@ -18,7 +18,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist worksteal --durations 10 --durations-min
 QUICK := not slow and not clients and not network
 
 .NOTPARALLEL:
-.PHONY: demo test test-all slow oldest conformance package clients quick check style bench tables
+.PHONY: demo test test-all slow oldest conformance package clients quick check style bench gpu tables
 
 # Name what is on a photo; extract its feature pyramid, print the shapes, and draw photo and levels side by side.
 demo: $(VENV)/demo
@@ -70,6 +70,10 @@ style: $(VENV)/test
 bench: $(VENV)/test
 	$(INSTALL) -e ".[bench]"
 	$(BIN)/python benchmarks/speed/bench.py all --quick
+
+# A verdict on the card at hand, with the Python at hand and what is installed there: no network is needed.
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/speed/gpu.py $(GPU)
 
 tables: $(VENV)/test
 	$(BIN)/python benchmarks/docs/plot.py

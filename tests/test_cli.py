@@ -385,12 +385,12 @@ def test_the_picture_of_attention_shows_weights_groups_and_the_token(monkeypatch
     image = torch.rand(3, 66, 98)  # maps of 17 x 25 and 9 x 13 tokens
     maps = explain.attention_from(model, image[None], (.3, .8))
     viz.draw_attention(image, maps, (.3, .8), 'x.png')
-    short, long, second, none, bar = figures[0].axes
+    short, second, long, none, bar = figures[0].axes  # a row for each distance
     assert [axis.get_title() for axis in (short, long, second, none)] == [
-        'stage 1, short distance: 16 of 17 × 25 tokens',
-        'stage 1, long distance: 24 of 17 × 25 tokens',
-        'stage 2, short distance: 16 of 9 × 13 tokens',
-        'stage 2, long distance: no block',
+        'stage 1, short: 16 of 17 × 25 tokens',
+        'stage 1, long: 24 of 17 × 25 tokens',
+        'stage 2, short: 16 of 9 × 13 tokens',
+        'stage 2, long: no block',
     ]
     assert bar.get_xlim() == (0, 1) and not none.images
     for axis, weights, side in ((short, maps[0][0], 4), (long, maps[0][1], 4), (second, maps[1][0], 8)):

@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from common import lively, noise, small
 from timm.layers import set_fused_attn
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 TINY = dict(num_classes=3, depths=(1, 2), embed_dim=16, num_heads=(1, 2), interval=(2, 1), group_size=3)
@@ -256,3 +260,175 @@ def test_openvino_converts_the_model_itself(kind):
     converted = openvino.convert_model(model, example_input=noise(2, 3, 230, 310), input=[-1, 3, -1, -1])
     compiled = openvino.compile_model(converted, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     assert_same_at_every_size(lambda x: compiled(x.numpy())[0], model)
+
+
+# ---- whoever changes what a module does, or watches operators: wide maps as small ones, with gradients and without
+
+WIDE, NARROW = (1, 3, 416, 416), (1, 3, 70, 101)
+CALLS = {  # a patch of a class, or of one module; each doubles what comes out
+    'block class': lambda model, patch: patch(type(model.stages[0].blocks[0]), 'forward'),
+    'attention class': lambda model, patch: patch(type(model.stages[0].blocks[0].attn), 'forward'),
+    'linear class': lambda model, patch: patch(nn.Linear, 'forward'),
+    'convolution class': lambda model, patch: patch(nn.Conv2d, 'forward'),
+    'convolution class, inside': lambda model, patch: patch(nn.Conv2d, '_conv_forward'),
+    'convolution, inside': lambda model, patch: patch(model.stem.convs[0], '_conv_forward'),
+    'norm class': lambda model, patch: patch(nn.LayerNorm, 'forward'),
+    'call of any module': lambda model, patch: patch(nn.Module, '__call__'),
+    'mlp': lambda model, patch: patch(model.stages[1].blocks[0].mlp, 'forward'),
+}
+
+
+@pytest.mark.parametrize('shape', [NARROW, WIDE], ids=['narrow', 'wide'])
+@pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.parametrize('call', CALLS)
+def test_a_patch_gets_every_call(call, grad, shape, monkeypatch):
+    model = small()
+    counts = dict.fromkeys(CALLS, 0)
+    expected = {'block class': 10, 'attention class': 10, 'linear class': 10 * 8 + 1, 'convolution class': 10,
+                'convolution class, inside': 10, 'convolution, inside': 1, 'norm class': 10 * 5 + 5, 'mlp': 1,
+                'call of any module': sum(1 for name, module in model.named_modules()
+                                          if not isinstance(module, nn.ModuleList) and 'attn_drop' not in name)}
+
+    def patch(owner, name):
+        old = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            counts[call] += 1
+            return old(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    CALLS[call](model, patch)
+    with torch.set_grad_enabled(grad):
+        model(noise(*shape))
+    assert counts[call] == expected[call]
+
+
+REPLACED = {
+    'drop_path1': nn.LayerNorm(32, elementwise_affine=False), 'drop_path2': nn.Linear(32, 32), 'attn': nn.Identity(),
+    'attn.qkv': nn.Linear(32, 96, bias=False), 'mlp': nn.Linear(32, 32), 'norm1': nn.Identity(),
+    'cooling': nn.Linear(32, 32), 'attn.proj_drop': nn.LayerNorm(32, elementwise_affine=False),
+}
+
+
+@pytest.mark.parametrize('place', REPLACED)
+def test_a_module_in_the_place_of_another_acts_on_wide_maps(place):
+    model, x, seen = small(), noise(*WIDE), []
+    model.stages[0].blocks[1].set_submodule(place, REPLACED[place])
+    block = model.stages[0].blocks[1]
+    with torch.no_grad():
+        tokens = model.stages[0].blocks[0](model.stem(x).permute(0, 2, 3, 1))
+        y = tokens + block.drop_path1(block.attn(block.norm1(tokens)))
+        y = block.cooling(y + block.drop_path2(block.mlp(block.norm2(y))))
+        model.stages[0].register_forward_hook(lambda module, args, out: seen.append(out))
+        model(x)
+    torch.testing.assert_close(seen[0].permute(0, 2, 3, 1), y)
+
+
+class Watching(TorchDispatchMode):
+    """Keeps every result, with a copy of what it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and func.overloadpacket.__name__ in ('mm', 'bmm', 'addmm', 'mul', 'add'):
+            self.kept.append((out, out.clone()))
+        return out
+
+
+class WatchingFunctions(TorchFunctionMode):
+    """As `Watching` does, at the level of functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and getattr(func, '__name__', '') in (
+                'matmul', '__matmul__', 'linear', 'mul', 'add', '__add__', 'softmax', 'scaled_dot_product_attention'):
+            self.kept.append((out, out.detach().clone()))
+        return out
+
+
+@pytest.mark.parametrize('mode', [Watching, WatchingFunctions])
+@pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.parametrize('threads', [1, 2])
+def test_nothing_is_written_over_what_a_mode_keeps(mode, grad, threads):
+    torch.set_num_threads(threads)
+    model, x = small(), noise(*NARROW)
+    expected = model(x)
+    with mode() as watching, torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(x), expected)
+        if grad:
+            model(x).sum().backward()
+    assert len(watching.kept) > 50
+    for out, copied in watching.kept:
+        assert torch.equal(out, copied)
+
+
+@pytest.mark.parametrize('saved', [
+    ('mm', 'bmm', 'addmm'), ('grouped_attention',), ('mm', 'native_layer_norm', 'gelu', '_softmax', 'mul')], ids=str)
+@pytest.mark.parametrize('threads', [1, 2])
+def test_selective_checkpointing_is_exact(saved, threads):
+    torch.set_num_threads(threads)
+    model, x = small().train(), noise(2, 3, 70, 101)
+    grads = []
+    for selective in (False, True):
+        def policy(ctx, op, *args, **kwargs):
+            keep = op.overloadpacket.__name__ in saved if hasattr(op, 'overloadpacket') else False
+            return checkpoint.CheckpointPolicy.MUST_SAVE if keep else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+        model.zero_grad()
+        out = checkpoint.checkpoint(
+            model, x, use_reentrant=False,
+            context_fn=lambda: checkpoint.create_selective_checkpoint_contexts(policy)) if selective else model(x)
+        out.square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('shape', [NARROW, WIDE], ids=['narrow', 'wide'])
+def test_a_default_device_changes_nothing(shape):
+    model, x = small(), noise(*shape)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.device('meta'):
+            torch.testing.assert_close(model(x), expected)
+
+
+@no_batching_rule
+@pytest.mark.parametrize('shape', [NARROW, WIDE], ids=['narrow', 'wide'])
+def test_forward_derivatives_under_no_grad(shape):
+    model, x = small(), noise(*shape)
+    with torch.no_grad(), forward_ad.dual_level():
+        value, slope = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x))))
+    ahead, behind = (model(x + step) for step in (1e-2, -1e-2))
+    torch.testing.assert_close(value, model(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(slope, (ahead - behind) / 2e-2, rtol=.05, atol=.05 * slope.abs().max().item())
+
+
+class Adapter(nn.Module):
+    """A linear layer with an update of its weight, as adapters make them: any dtype but that of its weight is wrong."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.update = layer, nn.Parameter(torch.zeros_like(layer.weight))
+
+    def forward(self, x):
+        assert x.dtype == self.layer.weight.dtype
+        return F.linear(x, self.layer.weight + self.update, self.layer.bias)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_adapters_on_the_position_mlp_get_its_precision(dtype):
+    model, x = small().to(dtype), noise(*NARROW).to(dtype)
+    expected = model(x)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and 'pos_bias' in name:
+            model.set_submodule(name, Adapter(layer))
+    torch.testing.assert_close(model(x), expected)

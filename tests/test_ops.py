@@ -135,8 +135,10 @@ def test_the_operator_keeps_its_word(name):
     qkv, table, heads, rows, cols = case(name)
     args = qkv, table, heads, list(rows), list(cols), 'cpu'
     torch.library.opcheck(torch.ops.timm_crossformer.grouped_attention.default, args)
-    grad = torch.randn(*qkv.shape[:3], qkv.shape[3] // 3)
-    args = grad, qkv.detach(), table.detach(), *args[2:]
+    args = qkv, table, heads, list(rows), list(cols), 'triton', True  # which the reference serves on a CPU
+    torch.library.opcheck(torch.ops.timm_crossformer.grouped_attention.default, args)
+    out, logsumexp = (x.detach() for x in torch.ops.timm_crossformer.grouped_attention(*args))
+    args = torch.randn_like(out), qkv.detach(), table.detach(), out, logsumexp, *args[2:-1]
     torch.library.opcheck(torch.ops.timm_crossformer.grouped_attention_backward.default, args)
 
 

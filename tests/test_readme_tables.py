@@ -1,5 +1,6 @@
 """benchmarks/docs/readme.py and plot.py: the READMEs say what the committed result files hold."""
 import itertools
+import json
 import re
 
 import cases
@@ -51,13 +52,14 @@ def test_committed_tables_are_those_of_the_committed_results():
 def test_scripts_that_are_named_are_there():
     files = [
         *readme.FILES, *readme.ROOT.glob('benchmarks/*/*.py'), *readme.ROOT.glob('benchmarks/results/train/*/*.txt'),
-        *(readme.ROOT / name for name in ('CONTRIBUTING.md', 'Makefile', 'pyproject.toml', 'weights/manifest.json'))]
+        *(readme.ROOT / name for name in ('Makefile', 'pyproject.toml', 'weights/manifest.json'))]
     named = {name for path in files for name in re.findall(r'benchmarks/[\w/]+\.py', path.read_text(encoding='utf-8'))}
     assert len(named) >= 9
     assert [name for name in sorted(named) if not (readme.ROOT / name).is_file()] == []
 
 
-@pytest.mark.parametrize('name', sorted(set(readme.TABLES) - {'cost', 'csv_file', 'versions', 'weights'}))
+@pytest.mark.parametrize('name', sorted(
+    set(readme.TABLES) - {'cost', 'csv_file', 'needs', 'versions', 'weight_families', 'weights'}))
 def test_tables_without_results_name_the_command(tmp_path, name):
     text = readme.TABLES[name](tmp_path)
     script = {'operators': 'speed/operators', 'peers': 'training/peers', 'roofline': 'speed/roofline'}.get(
@@ -68,6 +70,7 @@ def test_tables_without_results_name_the_command(tmp_path, name):
 @pytest.mark.parametrize('name, holds', [
     ('variants', '| `crossformer_tiny` | 27.8 | 2.86 | 224 |'),
     ('speed', '| fp32, 224 px (an abacus, torch 9.9) | params (M) | GMACs | img/s, 1 thread, batch 1 |'),
+    ('choice', '| `crossformer_tiny` | 27.8 | 2.9 | 81.5 |'),
     ('ratios', '| crossformer_lucidrains | vit-pytorch CrossFormer | inference, batch 8 |'),
     ('sizes', '| crossformer_small region |'),
     ('memory', '| crossformer_small map | 262 | 1075 | 1049 | 4194 |'),
@@ -84,12 +87,37 @@ def test_tables_hold_the_results(made_up, name, holds):
     assert len({line.count('|') for line in lines}) == 1
 
 
-def test_five_networks_stand_in_short(made_up):
-    lines = readme.speed(made_up, 'few').splitlines()
-    assert [line.split(' | ')[0] for line in lines[2:]] == [
-        '| crossformer_tiny', '| crossformer_small', '| crossformer_pp_small', '| swin_tiny', '| convnext_tiny']
-    assert lines[0].endswith('batch 8 | ms, 800x1344 px | peak MiB, 800x1344 px |')
-    assert lines[5].endswith(' | 1075 |')
+def test_five_networks_stand_in_lines(made_up):
+    rates, times, peaks, same, last = readme.speed_lines(made_up).splitlines()
+    names = ['crossformer_tiny', 'crossformer_small', 'crossformer_pp_small', 'swin_tiny', 'convnext_tiny']
+    for line in (rates, times, peaks):
+        assert re.findall(r'[a-z]\w+(?= [\d.]+[,;.])', line.partition(': ')[2]) == names
+    assert rates.startswith('- Images per second at 224 px, batch 8: crossformer_tiny ')
+    assert peaks.endswith(': ' + ', '.join(f'{name} 1075' for name in names).replace(', swin', '; swin') + '.')
+    assert re.search(r'batch 8: crossformer_small against birder crossformer_s \d\.\d\d×, crossformer_lucidrains', same)
+    assert last == '- All in fp32, by 2 threads, on an abacus, torch 9.9.'
+
+
+def test_lines_are_those_of_the_last_machine_alone(tmp_path):
+    for hardware, ms in (('an abacus', 2.), ('a slide rule', 4.)):
+        rows.write(tmp_path, 'infer', [
+            {**vars(cases.Case('crossformer_small', batch=8)), 'hardware': hardware, 'times_ms': str(ms),
+             'median_ms': ms, 'torch': '9.9', 'gmacs': 1}])
+    assert readme.speed_lines(tmp_path).splitlines() == [
+        '- Images per second at 224 px, batch 8: crossformer_small 2000.0.',
+        '- All in fp32, by 1 thread, on a slide rule, torch 9.9.']
+
+
+def test_sizes_of_a_network_share_a_row(tmp_path):
+    records = [
+        {'tag': f'a_{size}.in1k', 'sources': [{'kind': kind}], 'metrics': [
+            {'name': 'top-1', 'value': value, 'dataset': 'ImageNet', 'source': 'log'} for value in values]}
+        for size, kind, values in (('tiny', 'drive', [81.5]), ('large', 'drive', [84.0]), ('huge', 'hub', []))]
+    (tmp_path / 'weights').mkdir()
+    (tmp_path / 'weights' / 'manifest.json').write_text(json.dumps({'weights': records}))
+    assert readme.weight_families(tmp_path, tmp_path).splitlines()[2:] == [
+        '| `a_{tiny,large}.in1k` | ImageNet | 81.5, 84.0 top-1 | Google Drive |',
+        '| `a_huge.in1k` |  |  | Hugging Face Hub |']
 
 
 def test_each_processor_has_its_ratios(tmp_path):

@@ -41,7 +41,7 @@ def test_outputs_equal_vit_pytorch(size, args):
 
 
 def test_strips_are_one_group_here_and_windows_there():
-    """The one difference: a map at most one group high or wide, but larger on the other side (README)."""
+    """The one difference: a map at most one group high or wide, but larger on the other side (docs/differences.md)."""
     reference, model = pair((256, 128), dim=(32, 64, 64, 96), depth=(1, 1, 1, 1), local_window_size=4)
     x = noise(1, 3, 256, 128)
     with torch.inference_mode():

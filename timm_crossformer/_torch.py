@@ -8,6 +8,7 @@ from typing import Any, ContextManager
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -45,6 +46,8 @@ def is_one_graph_for_all_sizes() -> bool:
 
 def is_known(*sizes: Any) -> bool:
     """Return whether sizes are numbers, not symbols that stand for any size."""
+    if torch.compiler.is_dynamo_compiling():  # to its code a symbol is an int, but one that is below no number for sure
+        return all(statically_known_true(size < 1 << 40) for size in sizes)
     return all(type(size) is int for size in sizes)
 
 

@@ -324,6 +324,13 @@ def _load(args: argparse.Namespace, **kwargs: Any) -> Any:
     return load_model(args.model, args.weights, **kwargs)
 
 
+def _fast(model: Any) -> Any:
+    """Return the inference form of a model."""
+    from timm.models import reparameterize_model
+
+    return reparameterize_model(model, inplace=True)
+
+
 def _reader(model: Any, whole: bool = False, size: Optional[Sequence[int]] = None) -> Any:
     """Return a function that reads an image as the model wants it, and mean and std to undo its normalisation.
 
@@ -388,7 +395,7 @@ def _classify(args: argparse.Namespace) -> int:
 
     if args.topk < 1:
         return _fail(f'--topk needs at least 1, got {args.topk}.', USAGE)
-    model = _load(args)
+    model = _fast(_load(args))
     if model.num_classes == 0:
         return _fail('these weights have no classifier. Use `features`, or weights of a classifier.', REFUSED)
     read, _, _ = _reader(model)
@@ -431,7 +438,7 @@ def _add_features(subparsers: Any) -> None:
 def _features(args: argparse.Namespace) -> int:
     import torch
 
-    model = _load(args, features_only=True)
+    model = _fast(_load(args, features_only=True))
     read, mean, std = _reader(model, args.whole)
     pictures, pyramids, results = [], [], []
     failed: List[str] = []
@@ -464,7 +471,7 @@ def _add_attention(subparsers: Any) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument('--whole', action='store_true', help='in its own size, not the resized centre')
     size.add_argument('--size', type=_height_width, metavar='H,W', help='stretched to this height and width')
-    parser.add_argument('--out', metavar='PNG', help='picture to write: stages as rows, short and long distance beside')
+    parser.add_argument('--out', metavar='PNG', help='picture to write: stages side by side, long distance below short')
 
 
 def _attention(args: argparse.Namespace) -> int:

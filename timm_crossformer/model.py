@@ -1,7 +1,7 @@
 """CrossFormer and CrossFormer++ as one configurable network.
 
 Papers: CrossFormer (ICLR 2022, arXiv 2108.00154), CrossFormer++ (TPAMI 2023, arXiv 2303.06908).
-Differences from the official code are listed in the README.
+Differences from the official code are listed in docs/differences.md.
 """
 import contextlib
 from numbers import Integral, Real

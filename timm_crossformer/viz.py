@@ -66,7 +66,7 @@ def draw_attention(
         at: Sequence[float],
         path: Union[str, Path],
 ) -> None:
-    """Draw where the token of a point attends, stages as rows, short and long distance as columns, and save it.
+    """Draw where the token of a point attends, stages as columns, short and long distance as rows, and save it.
 
     Every weight is a mean over the heads and the blocks of its kind. The tokens attended to are coloured by their
     weight; the photo is dimmed elsewhere. A white frame marks the token that asks.
@@ -82,19 +82,19 @@ def draw_attention(
         ValueError: The path has no suffix.
     """
     height, width = image.shape[1:]
-    figure = _figure(path, 6.6, (3. * height / width + .35) * len(maps) + .7)
+    figure = _figure(path, 2.6 * len(maps), 2 * (2.5 * height / width + .4) + .7)
     from matplotlib.cm import ScalarMappable
     from matplotlib.patches import Rectangle
 
-    axes = figure.subplots(len(maps), 2, squeeze=False)
+    axes = figure.subplots(2, len(maps), squeeze=False)
     photo = image.mean(dim=0, keepdim=True).expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).cpu()
     colors = ScalarMappable(cmap='plasma')
     colors.set_clim(0, 1)
     for stage, blocks in enumerate(maps):
-        for kind, axis in enumerate(axes[stage]):
+        for kind, axis in enumerate(axes[:, stage]):
             axis.set_axis_off()
             own = blocks[kind::2]
-            name = f'stage {stage + 1}, {("short", "long")[kind]} distance'
+            name = f'stage {stage + 1}, {("short", "long")[kind]}'
             if not own:
                 axis.set_title(f'{name}: no block', fontsize=9)
                 continue

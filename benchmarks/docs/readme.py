@@ -1,4 +1,4 @@
-"""Fill the tables of the READMEs from result files, so that no number is typed by hand.
+"""Fill the tables of the READMEs and of docs/ from result files, so that no number is typed by hand.
 
     python benchmarks/docs/readme.py            write
     python benchmarks/docs/readme.py --check    exit with 1 if a file differs from what would be written
@@ -25,7 +25,9 @@ from cases import BIRDER, OURS, PP_SMALL, SIZES, SWIN, VIT_PYTORCH, size_contest
 from rows import RESULTS
 
 ROOT = Path(__file__).parents[2]
-FILES = [ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md']
+FILES = [
+    ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'benchmarks' / 'README.md',
+    *sorted((ROOT / 'docs').glob('*.md'))]
 BLOCK = re.compile(r'(<!-- table: (?P<name>[^\n]*?) -->\n).*?(<!-- /table -->)', re.DOTALL)
 
 TABLES: Dict[str, Callable[..., str]] = {}
@@ -95,33 +97,67 @@ def _faster(*ratios: Optional[float]) -> List[str]:
 
 
 @table
-def speed(results: Path, few: str = '') -> str:
-    """Inference of each network at 224 px and of a large image, and its memory; `few` for five of them, in short."""
+def speed(results: Path) -> str:
+    """Inference of each network at 224 px and of a large image, and its memory."""
     infer = rows.read(results, 'infer', mode='eager')
     measured = rows.latest(rows.pick(infer, size='224', task='logits'))
     threads = measured['threads'].max()
     measured = measured.assign(rate=1e3 * measured['batch'] / measured['median_ms']).set_index('contestant')
-    names = [name for name in ([*OURS[:3], SWIN, cases.CONVNEXT] if few else [*OURS, *cases.PEERS])
-             if name in measured.index]
+    names = [name for name in [*OURS, *cases.PEERS] if name in measured.index]
     if not names:
         return markdown(pd.DataFrame(), 'python benchmarks/speed/bench.py infer')
     facts = measured[~measured.index.duplicated()].loc[names]
     body = {f'fp32, 224 px ({hardware(measured)})': [short(name) for name in names],
             'params (M)': _text(facts['params_m'], '{:.1f}'), 'GMACs': _text(facts['gmacs'], '{:.2f}')}
     for (n, batch), cell in measured.groupby(['threads', 'batch']):
-        if not few or n == threads:
-            body[f'img/s, {threads_words(n)}, batch {batch}'] = _text(cell['rate'].reindex(names), '{:.1f}')
+        body[f'img/s, {threads_words(n)}, batch {batch}'] = _text(cell['rate'].reindex(names), '{:.1f}')
     case = {'size': '224', 'task': 'logits', 'batch': measured['batch'].max(), 'threads': threads}
-    if not few:  # of the last of these columns
-        body['of matrix rate'] = _text(cell['gemm_share'].reindex(names), '{:.0%}')
-        per_mac = [rows.ratio(infer, {**case, 'contestant': name}, {**case, 'contestant': SWIN}, per='macs')
-                   for name in names]
-        body['time per MAC over Swin'] = _text(pd.Series(per_mac, facts.index, dtype=float), '{:.2f}')
+    body['of matrix rate'] = _text(cell['gemm_share'].reindex(names), '{:.0%}')  # of the last of these columns
+    per_mac = [rows.ratio(infer, {**case, 'contestant': name}, {**case, 'contestant': SWIN}, per='macs')
+               for name in names]
+    body['time per MAC over Swin'] = _text(pd.Series(per_mac, facts.index, dtype=float), '{:.2f}')
     large = rows.latest(rows.pick(infer, size='800x1344', task='features', threads=threads)).set_index('contestant')
     body['ms, 800x1344 px'] = _text(large['median_ms'].reindex(names), '{:.0f}')
     peaks = rows.latest(rows.read(results, 'memory', size='800x1344')).set_index('contestant')['peak_mib']
     body['peak MiB, 800x1344 px'] = _text(peaks.reindex(names), '{:.0f}')
     return markdown(pd.DataFrame(body))
+
+
+@table
+def speed_lines(results: Path) -> str:
+    """Say the same of five networks, and how fast other packages are, in a line each."""
+    infer = rows.read(results, 'infer', mode='eager', size='224', task='logits')
+    where = {'hardware': next(iter(rows.machines(infer)), None)}  # the last
+    infer = rows.pick(infer, threads=infer['threads'].max(), batch=infer['batch'].max(), **where)
+    measured = rows.latest(infer)
+    if measured.empty:
+        return markdown(measured, 'python benchmarks/speed/bench.py infer')
+    first = measured.iloc[0]
+    threads = threads_words(first['threads'])
+    large = rows.latest(rows.read(
+        results, 'infer', mode='eager', size='800x1344', task='features', threads=first['threads'], **where))
+    peaks = rows.latest(rows.read(results, 'memory', size='800x1344', **where))
+    same = []
+    for peer, ours in cases.PEER_OF_SAME_NETWORK.items():
+        ratio = rows.ratio(infer, {'contestant': peer}, {'contestant': ours})
+        same += [f'{short(ours)} against {short(peer)} {ratio:.2f}×'] if ratio else []
+    lines = {
+        f'Images per second at 224 px, batch {first["batch"]}': _few(
+            measured.assign(rate=1e3 * measured['batch'] / measured['median_ms']), 'rate', '{:.1f}'),
+        'Milliseconds for the pyramid of one image of 800x1344 px': _few(large, 'median_ms', '{:.0f}'),
+        'Peak MiB of that, beyond weights and image': _few(peaks, 'peak_mib', '{:.0f}'),
+        f'How much faster the same network is, batch {first["batch"]}': ', '.join(same),
+    }
+    found = ''.join(f'- {what}: {values}.\n' for what, values in lines.items() if values)
+    return f'{found}- All in fp32, by {threads}, on {hardware(measured)}.\n'
+
+
+def _few(measured: pd.DataFrame, column: str, form: str) -> str:
+    """Write a value of three networks of ours, and of two peers of their size."""
+    values = measured.set_index('contestant')[column]
+    ours, peers = (', '.join(f'{short(name)} {form.format(values[name])}' for name in names if name in values)
+                   for names in (OURS[:3], (SWIN, cases.CONVNEXT)))
+    return '; '.join(filter(None, (ours, peers)))
 
 
 @table
@@ -289,13 +325,46 @@ def variants(results: Path, root: Path = ROOT) -> str:
 
 
 @table
+def choice(results: Path, root: Path = ROOT) -> str:
+    """Variants with a published accuracy on ImageNet, in short."""
+    counted = read_csv(results / 'variants.csv')
+    stated = {} if counted.empty else {
+        record['tag'].partition('.')[0]: metric['value']
+        for record in _manifest(root) for metric in record['metrics'][:1]
+        if metric['name'] == 'top-1' and metric['dataset'].startswith('ImageNet-1k')}
+    body = [[f'`{row.variant}`', f'{row.params_m:.1f}', f'{row.gmacs:.1f}', f'{stated[row.variant]:.1f}']
+            for row in counted.itertuples() if row.variant in stated]
+    body.sort(key=lambda row: ('_pp_' in row[0], float(row[2])))
+    head = ['variant', 'params (M)', 'GMACs', 'top-1 (%), as its authors state it']
+    return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/speed/bench.py variants')
+
+
+@table
+def weight_families(results: Path, root: Path = ROOT) -> str:
+    """Weights in short: those that differ in the size of the network alone stand in one row."""
+    families: Dict[Any, List[Dict[str, Any]]] = {}
+    for record in _manifest(root):
+        variant, _, name = record['tag'].partition('.')
+        stem, _, size = variant.rpartition('_')
+        families.setdefault((stem, name, _hosts(record)), []).append({**record, 'size': size})
+    body = []
+    for (stem, name, hosts), members in families.items():
+        sizes = [record['size'] for record in members]
+        first = [record['metrics'][0] for record in members if record['metrics']]
+        body.append([
+            f'`{stem}_{sizes[0] if len(sizes) == 1 else "{" + ",".join(sizes) + "}"}.{name}`',
+            '; '.join(dict.fromkeys(metric['dataset'] for metric in first)),
+            ', '.join(str(metric['value']) for metric in first) + (f' {first[0]["name"]}' if first else ''),
+            hosts,
+        ])
+    return markdown(pd.DataFrame(body, columns=['weights', 'measured on', 'metric', 'hosts']))
+
+
+@table
 def weights(results: Path, root: Path = ROOT) -> str:
     """Weights by name: metric, hosts and licence, from the manifest."""
-    words = {'drive': 'Google Drive', 'hub': 'Hugging Face Hub', 'package': 'this package', 'browser': 'Baidu'}
     body = []
     for record in _manifest(root):
-        kinds = [source['kind'] for source in record['sources']]
-        hosts = [words.get(kind, kind) + ' by hand' * (kind == 'browser') for kind in kinds]
         metrics: Dict[str, List[str]] = {}
         for metric in record['metrics']:
             metrics.setdefault(metric['source'], []).append(f'{metric["value"]} {metric["name"]}')
@@ -304,7 +373,7 @@ def weights(results: Path, root: Path = ROOT) -> str:
             f'`{record["tag"]}`',
             '; '.join(f'{", ".join(values)} ({source})' for source, values in metrics.items()),
             '; '.join(data),
-            ', '.join(hosts),
+            _hosts(record),
             record['license'],
         ])
     return markdown(pd.DataFrame(body, columns=['weights', 'metric (source)', 'on', 'hosts', 'licence']))
@@ -312,6 +381,13 @@ def weights(results: Path, root: Path = ROOT) -> str:
 
 def _manifest(root: Path) -> List[Dict[str, Any]]:
     return json.loads((root / 'weights' / 'manifest.json').read_text(encoding='utf-8'))['weights']
+
+
+def _hosts(record: Dict[str, Any]) -> str:
+    """Name the hosts of a record of the manifest."""
+    words = {'drive': 'Google Drive', 'hub': 'Hugging Face Hub', 'package': 'this package', 'browser': 'Baidu'}
+    kinds = [source['kind'] for source in record['sources']]
+    return ', '.join(words.get(kind, kind) + ' by hand' * (kind == 'browser') for kind in kinds)
 
 
 def _accuracy(metric: Dict[str, Any]) -> str:
@@ -322,14 +398,18 @@ def _accuracy(metric: Dict[str, Any]) -> str:
 
 
 @table
-def versions(results: Path) -> str:
-    """Say what the package needs, and which versions CI runs."""
-    needs, floors = ci.read()['project']['requires-python'], ci.floors()
-    frame = pd.DataFrame(ci.runs()).assign(command=lambda runs: '`' + runs['command'] + '`')
-    frame = frame.rename(columns={'python': 'Python'})[['Python', 'torch', 'timm', 'tests', 'command']]
+def needs(results: Path) -> str:
+    """Say what the package needs."""
+    python, floors = ci.read()['project']['requires-python'], ci.floors()
     return (
-        f'It needs Python {needs.replace(">=", "")}, torch {floors["torch"]} and timm {floors["timm"]}, or newer. '
-        f'CI runs these, on Linux and CPU:\n\n{markdown(frame)}')
+        f'It needs Python {python.replace(">=", "")}, torch {floors["torch"]} and timm {floors["timm"]}, or newer.\n')
+
+
+@table
+def versions(results: Path) -> str:
+    """Say which versions CI runs."""
+    frame = pd.DataFrame(ci.runs()).assign(command=lambda runs: '`' + runs['command'] + '`')
+    return markdown(frame.rename(columns={'python': 'Python'})[['Python', 'torch', 'timm', 'tests', 'command']])
 
 
 # ---- files
@@ -357,7 +437,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write or check files; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('files', nargs='*', type=Path, default=FILES, help='Markdown files, the READMEs by default')
+    parser.add_argument('files', nargs='*', type=Path, default=FILES, help='Markdown files, all with tables by default')
     parser.add_argument('--check', action='store_true', help='only compare')
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the CSV files')
     args = parser.parse_args(argv)

@@ -19,7 +19,9 @@ TINY, SMALL, PP_SMALL, LUCIDRAINS = OURS = [
     'crossformer_tiny', 'crossformer_small', 'crossformer_pp_small', 'crossformer_lucidrains']
 PEERS = [BIRDER, VIT_PYTORCH, SWIN, CONVNEXT, 'hiera_tiny_224', 'twins_svt_small']
 SMALL_TRAINED = f'{SMALL} drop_path_rate=0.2'  # birder's rate
+FORM = ' reparam=True'  # the inference form
 LINEAR = [f'{SMALL} lda_grouping={grouping}' for grouping in ('region', 'grid')]  # their cost grows with the area
+FORMS = [name + FORM for name in (SMALL, PP_SMALL, LUCIDRAINS)]
 PEER_OF_SAME_NETWORK = {BIRDER: SMALL, VIT_PYTORCH: LUCIDRAINS}  # at 224 px
 TAKES_IMG_SIZE = {SWIN, 'hiera_tiny_224', 'twins_svt_small'}  # the others run at any size, or not at all
 PADS_WINDOWS = {SWIN}
@@ -49,7 +51,7 @@ class Case:
     """What to measure.
 
     contestant: A timm model, `birder/NAME` or `vit_pytorch/CrossFormer`, then constructor arguments of timm models:
-        'crossformer_small lda_grouping=region fit_groups=True'.
+        'crossformer_small lda_grouping=region fit_groups=True'; 'reparam=True' is the inference form, made by timm.
     task: 'logits', 'features' (the pyramid, without a head) or 'train' (forward, backward and AdamW step).
     mode: One of `MODES`.
     size: Pixels, '224' or '800x1344'.
@@ -102,11 +104,13 @@ def build(
         model = registry.net_factory(name.partition('/')[2], 1000, size=pixels)
     else:
         args = {key: _value(text) for key, _, text in (option.partition('=') for option in options)}
+        reparam = args.pop('reparam', False)
         if pixels is not None:
             args['img_size'] = pixels
         if task == 'features':
             args['features_only'] = True
         model = timm.create_model(name, **args)
+        model = timm.models.reparameterize_model(model) if reparam else model
     if not dtype.startswith('amp'):
         model = model.to(DTYPES[dtype])
     model = model.to(device).train(task == 'train')
@@ -172,6 +176,9 @@ def same_networks(cases: Sequence[Case]) -> Iterator[Tuple[Case, Case]]:
         other = replace(case, contestant=PEER_OF_SAME_NETWORK.get(case.contestant, ''))
         if other in cases and case.size == '224' and case.task == 'logits':
             yield case, other
+        plain = replace(case, contestant=case.contestant.replace(FORM, ''))
+        if plain != case and plain in cases and case.task == 'logits':
+            yield plain, case
         eager = replace(case, mode='eager')
         if case.mode == 'compile' and eager in cases and case.task == 'logits':
             yield eager, case
@@ -206,8 +213,8 @@ class Plan:
 _TO_DETECTION = SIZES[:SIZES.index('800x1344') + 1]
 PLANS = {
     'infer': [
-        Plan([*OURS, *PEERS], batch=(1, 8)),
-        Plan([*OURS[:3], SWIN, CONVNEXT], ['800x1344'], task='features'),
+        Plan([*OURS, *FORMS, *PEERS], batch=(1, 8)),
+        Plan([*OURS[:3], *FORMS[:2], SWIN, CONVNEXT], ['800x1344'], task='features'),
     ],
     'train': [Plan([SMALL_TRAINED, BIRDER, LUCIDRAINS, VIT_PYTORCH], batch=(8,), task='train')],
     'sizes': [
@@ -217,5 +224,5 @@ PLANS = {
     ],
     'memory': [Plan([*OURS[:3], *LINEAR, SWIN, CONVNEXT], ['512', '800x1344', '1024', '2048'], task='features',
                     threads=(2,), turns='none')],
-    'compile': [Plan([SMALL], batch=(1, 8), modes=MODES, threads=(2,))],
+    'compile': [Plan([SMALL, SMALL + FORM, SWIN], batch=(1, 8), modes=MODES, threads=(2,))],
 }

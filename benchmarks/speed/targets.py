@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import cases
 import pandas as pd
 import rows
-from cases import BIRDER, LINEAR, LUCIDRAINS, OURS, SIZES, SMALL, SWIN, VIT_PYTORCH, size_contestants
+from cases import BIRDER, FORM, FORMS, LINEAR, LUCIDRAINS, OURS, SIZES, SMALL, SWIN, VIT_PYTORCH, size_contestants
 
 Where = Dict[str, Any]
 
@@ -68,16 +68,19 @@ _LARGE = {'size': '800x1344', 'batch': 1, 'task': 'features'}
 _LARGER = SIZES[1:SIZES.index('800x1344') + 1]
 
 TARGETS = (
-    Target('inference, 224 B8: crossformer_small faster than birder', 1.2, True, 'infer',
-           _faster(SMALL, BIRDER, **_B8)),
-    Target('inference, 224 B8: crossformer_lucidrains faster than vit-pytorch', 1.6, True, 'infer',
-           _faster(LUCIDRAINS, VIT_PYTORCH, **_B8)),
-    Target('inference, 224 B1: crossformer_lucidrains faster than vit-pytorch', 1.5, True, 'infer',
-           _faster(LUCIDRAINS, VIT_PYTORCH, **_B1)),
-    Target('time per MAC over that of swin_tiny, 224 B8: tiny, small, pp_small', .95, False, 'infer',
+    *(Target(f'inference form, 224 B{case["batch"]}: crossformer_small faster than birder', 1.15, True, 'infer',
+             _faster(SMALL + FORM, BIRDER, **case)) for case in (_B1, _B8)),
+    *(Target(f'inference form, 224 B{case["batch"]}: crossformer_lucidrains faster than vit-pytorch', 1.5, True,
+             'infer', _faster(LUCIDRAINS + FORM, VIT_PYTORCH, **case)) for case in (_B1, _B8)),
+    *(Target(f'inference form, 224 B{case["batch"]}: time per MAC of swin_tiny over that of crossformer_small', limit,
+             True, 'infer', _faster(SMALL + FORM, SWIN, **case), per='macs')
+      for case, limit in ((_B1, 1.), (_B8, 1.2))),
+    Target('time per MAC over that of swin_tiny, 224 B8: tiny, small, pp_small', 1.1, False, 'infer',
            _against(SWIN, *OURS[:3], **_B8), per='macs'),
-    Target('time per MAC over that of swin_tiny, 800x1344 (features): tiny, small, pp_small', .95, False, 'infer',
-           _against(SWIN, *OURS[:3], **_LARGE), per='macs'),
+    Target('time per MAC over that of swin_tiny, 224 B1: small', 1.1, False, 'infer',
+           _against(SWIN, SMALL, **_B1), per='macs'),
+    Target('inference form, 800x1344 (features): time per MAC over that of swin_tiny: small, pp_small', .95, False,
+           'infer', _against(SWIN, *FORMS[:2], **_LARGE), per='macs'),
     Target('share of the matrix rate, crossformer_tiny 224 B8', .72, True, 'infer',
            [(cases.TINY, {'contestant': cases.TINY, **_B8}, None)], value='gemm_share'),
     Target('time per MAC at 256 to 800x1344 over that at 224', 1.2, False, 'sizes',
@@ -86,9 +89,13 @@ TARGETS = (
            _growth('224', *size_contestants(True), sizes=_LARGER), per='macs'),
     Target('training step, 224 B8: crossformer_small faster than birder', 1.15, True, 'train',
            _faster(cases.SMALL_TRAINED, BIRDER, size='224', batch=8)),
-    Target('torch.compile faster than eager, 224 B1 and B8: small', 1., True, 'compile', [
-        (f'batch {batch}', {'contestant': SMALL, 'batch': batch},
-         {'contestant': SMALL, 'batch': batch, 'mode': 'compile'}) for batch in (1, 8)]),
+    Target('torch.compile faster than eager, 224 B8: small, both forms', 1., True, 'compile', [
+        (name, {'contestant': name, 'batch': 8, 'mode': 'eager'}, {'contestant': name, 'batch': 8, 'mode': 'compile'})
+        for name in (SMALL, SMALL + FORM)]),
+    Target('compiled, time per MAC over that of swin_tiny, 224 B1 and B8: small, both forms', 1., False, 'compile', [
+        (f'{name} batch {batch}', {'contestant': name, 'batch': batch, 'mode': 'compile'},
+         {'contestant': SWIN, 'batch': batch, 'mode': 'compile'})
+        for name in (SMALL, SMALL + FORM) for batch in (1, 8)], per='macs'),
     Target('peak memory over that of swin_tiny, 800x1344 and 1024: small', 1., False, 'memory', [
         (f'{SMALL} at {size}', {'contestant': SMALL, 'size': size}, {'contestant': SWIN, 'size': size})
         for size in ('800x1344', '1024')], value='peak_mib'),

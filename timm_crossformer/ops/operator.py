@@ -89,7 +89,8 @@ def _dispatch(
         return reference.grouped_attention(qkv, table, num_heads, rows, cols)
     if backend == 'cpu' and _comes_apart(qkv, rows, cols):
         return reshape.grouped_attention(qkv, table, num_heads, rows, cols)
-    return _operator(qkv, table, num_heads, rows, cols, backend)
+    save = backend == 'triton' and torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)
+    return _operator(qkv, table, num_heads, rows, cols, backend, save)[0]
 
 
 def _pure(qkv: Tensor, rows: Layout, cols: Layout) -> ModuleType:
@@ -107,8 +108,6 @@ def _needs_reference(backend: str) -> bool:
     """Return whether something other than device, dtype and shape rules a backend out."""
     if is_transformed():
         reason = 'a function transform or forward-mode derivative needs operators that PyTorch can take apart'
-    elif backend == 'triton' and torch.are_deterministic_algorithms_enabled():
-        reason = 'deterministic algorithms were asked for, and the kernel adds gradients of biases in any order'
     else:
         return False
     if not is_compiled():
@@ -177,70 +176,66 @@ def _check_arguments(qkv: Tensor, table: Tensor, num_heads: int, rows: Sequence[
                 'Compute it for a group at least that long.')
 
 
-# Tools take a graph apart down to this operator; what it does is the backend's business. `torch.library.custom_op`
-# would look for shared memory among arguments and results in every call, 2% of the time of one image on a CPU.
-torch.library.define(
-    'timm_crossformer::grouped_attention',
-    '(Tensor qkv, Tensor table, int num_heads, SymInt[] rows, SymInt[] cols, str backend) -> Tensor',
-    tags=torch.Tag.pt2_compliant_tag)
-torch.library.define(
-    'timm_crossformer::grouped_attention_backward',
-    '(Tensor grad, Tensor qkv, Tensor table, int num_heads, SymInt[] rows, SymInt[] cols, str backend) '
-    '-> (Tensor, Tensor)',
-    tags=torch.Tag.pt2_compliant_tag)
-
-
-@torch.library.impl('timm_crossformer::grouped_attention', 'CompositeExplicitAutograd')
-def _forward(qkv: Tensor, table: Tensor, num_heads: int, rows: List[int], cols: List[int], backend: str) -> Tensor:
-    _check_arguments(qkv, table, num_heads, rows, cols)
-    if backend == 'cpu':
-        return cpu.forward(qkv, table, num_heads, _layout(rows), _layout(cols))
-    if backend == 'triton' and triton.works_on(qkv.device):
-        return triton.forward(qkv, table, num_heads, _layout(rows), _layout(cols))
-    return reference.grouped_attention(qkv, table, num_heads, _layout(rows), _layout(cols))
-
-
-@torch.library.impl('timm_crossformer::grouped_attention_backward', 'CompositeExplicitAutograd')
-def _backward(
-        grad: Tensor, qkv: Tensor, table: Tensor, num_heads: int, rows: List[int], cols: List[int], backend: str,
+def _forward(
+        qkv: Tensor, table: Tensor, num_heads: int, rows: List[int], cols: List[int], backend: str, save: bool = False,
 ) -> Tuple[Tensor, Tensor]:
-    if backend == 'triton' and triton.works_on(qkv.device):
-        return triton.backward(grad, qkv, table, num_heads, _layout(rows), _layout(cols))
-    return cpu.backward(grad, qkv, table, num_heads, _layout(rows), _layout(cols))  # right on any device
+    """Return the tokens; if `save`, what `triton.backward` needs beside them, else a tensor without numbers."""
+    _check_arguments(qkv, table, num_heads, rows, cols)
+    given = qkv, table, num_heads, _layout(rows), _layout(cols)
+    if backend == 'triton' and triton.works_on(qkv, *given[2:], backward=False):
+        return triton.forward(*given, save)
+    if save:
+        return reference.attention_and_logsumexp(*given)
+    attend = cpu.forward if backend == 'cpu' else reference.grouped_attention
+    return attend(*given), qkv.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.register_fake('timm_crossformer::grouped_attention')
-def _fake_forward(qkv: Tensor, table: Tensor, num_heads: int, rows: Any, cols: Any, backend: str) -> Tensor:
-    return qkv.new_empty([*qkv.shape[:3], qkv.shape[3] // 3])
+def _backward(
+        grad: Tensor, qkv: Tensor, table: Tensor, out: Optional[Tensor], logsumexp: Tensor, num_heads: int,
+        rows: List[int], cols: List[int], backend: str,
+) -> Tuple[Tensor, Tensor]:
+    given = num_heads, _layout(rows), _layout(cols)
+    if out is not None and backend == 'triton' and triton.works_on(qkv, *given, backward=True):
+        return triton.backward(grad, qkv, table, out, logsumexp, *given)
+    return cpu.backward(grad, qkv, table, *given)  # right on any device
 
 
-@torch.library.register_fake('timm_crossformer::grouped_attention_backward')
+def _fake_forward(
+        qkv: Tensor, table: Tensor, num_heads: int, rows: Any, cols: Any, backend: str, save: bool = False,
+) -> Tuple[Tensor, Tensor]:
+    B, H, W, C = qkv.shape
+    logsumexp = qkv.new_empty([B, H, W, num_heads] if save else [0], dtype=torch.float32)
+    return qkv.new_empty([B, H, W, C // 3]), logsumexp
+
+
 def _fake_backward(
-        grad: Tensor, qkv: Tensor, table: Tensor, num_heads: int, rows: Any, cols: Any, backend: str,
+        grad: Tensor, qkv: Tensor, table: Tensor, out: Optional[Tensor], logsumexp: Tensor, num_heads: int,
+        rows: Any, cols: Any, backend: str,
 ) -> Tuple[Tensor, Tensor]:
     return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
 
 
-def _remember(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.arguments = inputs[2:]
+def _remember(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> None:
+    out, logsumexp = output
+    *ctx.arguments, save = inputs[2:]
+    ctx.save_for_backward(*inputs[:2], out if save else None, logsumexp)
+    ctx.mark_non_differentiable(logsumexp)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+def _differentiate(ctx: Any, grad: Optional[Tensor], _: Any) -> Tuple[Optional[Tensor], ...]:
     """Return the gradients of all arguments; by way of the reference where they will be differentiated themselves."""
-    saved = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 7
+    saved = ctx.saved_tensors  # checkpointing allows to ask once
     if not torch.is_grad_enabled():
         grads = torch.ops.timm_crossformer.grouped_attention_backward(grad, *saved, *ctx.arguments)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
     num_heads, rows, cols, _ = ctx.arguments
     wanted = [i for i in (0, 1) if ctx.needs_input_grad[i]]
     out = reference.grouped_attention(saved[0], saved[1], num_heads, _layout(rows), _layout(cols))
     found = iter(torch.autograd.grad(out, [saved[i] for i in wanted], grad, create_graph=True))
-    return (*(next(found) if i in wanted else None for i in (0, 1)), None, None, None, None)
-
-
-torch.library.register_autograd('timm_crossformer::grouped_attention', _differentiate, setup_context=_remember)
-_operator: Any = torch.ops.timm_crossformer.grouped_attention.default
+    return (*(next(found) if i in wanted else None for i in (0, 1)), None, None, None, None, None)
 
 
 def _layout(numbers: Sequence[int]) -> Layout:
@@ -256,14 +251,39 @@ def _count(qkv: Sequence[int], rows: Sequence[int], cols: Sequence[int]) -> int:
     return 2 * batch * pairs * channels // 3
 
 
-@register_flop_formula(torch.ops.timm_crossformer.grouped_attention)
 def _flops(qkv: Any, table: Any, num_heads: int, rows: List[int], cols: List[int], *_: Any, **__: Any) -> int:
     """Count scores, and the sum of values."""
     return 2 * _count(qkv, rows, cols)
 
 
-@register_flop_formula(torch.ops.timm_crossformer.grouped_attention_backward)
 def _flops_backward(
-        grad: Any, qkv: Any, table: Any, num_heads: int, rows: List[int], cols: List[int], *_: Any, **__: Any) -> int:
+        grad: Any, qkv: Any, table: Any, out: Any, logsumexp: Any, num_heads: int, rows: List[int], cols: List[int],
+        *_: Any, **__: Any,
+) -> int:
     """Count scores again, and the gradients of scores, queries, keys and values."""
     return 5 * _count(qkv, rows, cols)
+
+
+def _register() -> None:
+    """Register the operators with PyTorch, for the process: importing the package anew finds them."""
+    arguments = 'int num_heads, SymInt[] rows, SymInt[] cols, str backend'
+    for name, signature, run, fake in (
+            ('grouped_attention', f'(Tensor qkv, Tensor table, {arguments}, bool save=False) -> (Tensor, Tensor)',
+             _forward, _fake_forward),
+            ('grouped_attention_backward',
+             f'(Tensor grad, Tensor qkv, Tensor table, Tensor? out, Tensor logsumexp, {arguments}) -> (Tensor, Tensor)',
+             _backward, _fake_backward)):
+        name = f'timm_crossformer::{name}'
+        torch.library.define(name, signature, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, 'CompositeExplicitAutograd', run)
+        torch.library.register_fake(name, fake)
+    torch.library.register_autograd('timm_crossformer::grouped_attention', _differentiate, setup_context=_remember)
+    register_flop_formula(torch.ops.timm_crossformer.grouped_attention)(_flops)
+    register_flop_formula(torch.ops.timm_crossformer.grouped_attention_backward)(_flops_backward)
+
+
+# Tools take a graph apart down to this operator; what it does is the backend's business. `torch.library.custom_op`
+# would look for shared memory among arguments and results in every call, 2% of the time of one image on a CPU.
+if not hasattr(torch.ops.timm_crossformer, 'grouped_attention'):
+    _register()
+_operator: Any = torch.ops.timm_crossformer.grouped_attention.default

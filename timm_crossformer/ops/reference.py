@@ -2,6 +2,7 @@
 
 No branch and no loop depends on the size of the map, so one traced or exported graph serves every size.
 """
+import math
 from typing import Any, List, Tuple
 
 import torch
@@ -21,6 +22,15 @@ def grouped_attention(qkv: Tensor, table: Tensor, num_heads: int, rows: Layout, 
     q, k, v, bias, mask, place = open_groups(qkv, table, num_heads, rows, cols)
     attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias + mask
     return close_groups(attn.softmax(dim=-1) @ v, place)
+
+
+def attention_and_logsumexp(
+        qkv: Tensor, table: Tensor, num_heads: int, rows: Layout, cols: Layout) -> Tuple[Tensor, Tensor]:
+    """Attend, and return what `triton.forward` saves beside the result: [B, H, W, num_heads]."""
+    q, k, v, bias, mask, place = open_groups(qkv, table, num_heads, rows, cols)
+    attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias + mask
+    logsumexp = attn.float().logsumexp(dim=-1, keepdim=True) / math.log(2)
+    return close_groups(attn.softmax(dim=-1) @ v, place), close_groups(logsumexp, place)
 
 
 def open_groups(
