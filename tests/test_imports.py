@@ -109,3 +109,26 @@ print(json.dumps([before, state()]))
 def test_import_changes_nothing_in_torch(around_the_import, what):
     before, after = around_the_import
     assert before[what] == after[what]
+
+
+def test_a_second_import_in_one_process_takes_the_firsts_place_in_timm():
+    script = """
+import sys, warnings
+warnings.simplefilter('error')
+import timm, torch
+def registered():
+    names = timm.list_models('*crossformer*', include_tags=True)
+    assert 'crossformer_tiny.in1k' in names and len(set(names)) == len(names)
+    return {name: timm.models.get_pretrained_cfg(name).to_dict() for name in names}
+import timm_crossformer as first
+before, image = registered(), torch.rand(1, 3, 64, 64)
+old = timm.create_model('test_crossformer.cifar10', pretrained=True).eval()
+for name in [name for name in sys.modules if name.partition('.')[0] == 'timm_crossformer']:
+    del sys.modules[name]
+import timm_crossformer as second
+new = timm.create_model('test_crossformer.cifar10', pretrained=True).eval()
+assert type(old) is first.CrossFormer is not second.CrossFormer is type(new)
+assert registered() == before and torch.equal(old(image), new(image))
+"""
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert not done.returncode, done.stderr

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from .errors import CheckpointError, FetchError, host_of
 from .files import PathLike, hash_file, with_stderr
-from .records import HubSource, manifest
+from .records import manifest
 from .verifying import check_directory
 from .writing import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 
@@ -65,7 +65,7 @@ def hub_file(
     """Return a file of the Hub in its client's cache, fetched and checked if need be."""
     pins = [
         source.sha256 for record in manifest() for source in record.sources
-        if isinstance(source, HubSource) and source.sha256 and (source.id, source.file) == (repo, filename)
+        if source.sha256 and (source.kind, source.id, source.file) == ('hub', repo, filename)
     ]
     cached = huggingface_hub.try_to_load_from_cache(repo, filename, cache_dir, revision)
     if isinstance(cached, str):

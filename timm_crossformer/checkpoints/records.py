@@ -5,91 +5,47 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from ..config import per_stage
 from ..variants import VARIANTS
 from .errors import UnknownWeightsError
 
 __all__ = [
-    'BrowserSource', 'Conversion', 'DriveSource', 'FlowvisionSource', 'HubSource', 'PackageSource', 'Record', 'Source',
-    'bundled_weights', 'find', 'groups_of', 'manifest', 'photo_path', 'weights_dir']
+    'Conversion', 'Record', 'Source', 'bundled_weights', 'find', 'groups_of', 'manifest', 'photo_path', 'weights_dir']
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights are; sha256 and size are None where nobody has stated them."""
+    """Where weights are.
 
-    kind: ClassVar[str]
+    Attributes:
+        kind: 'drive', a file of Google Drive, which has an `id`; 'flowvision', a zip in its bucket, with a `name`;
+            'hub', a `file` of a repository `id` of the Hugging Face Hub in a `revision`; 'package', a `file` that comes
+            with this package; 'browser', a page (`url`) that wants a person, with its `code`.
+        sha256: Hash of the file, None where nobody has stated it; likewise its size in bytes.
+    """
 
-    def to_json(self) -> Dict[str, Any]:
-        """Return the form it has in the manifest."""
-        return {'kind': self.kind, **dataclasses.asdict(self)}
-
-    def page(self) -> str:
-        """Return the page where a person finds the file, '' if there is none."""
-        return ''
-
-
-@dataclass(frozen=True)
-class _Host(Source):
+    kind: str
+    id: str = ''
+    name: str = ''
+    file: str = ''
+    revision: Optional[str] = None
+    url: str = ''
+    code: str = ''
     sha256: Optional[str] = None
     size: Optional[int] = None
 
-
-@dataclass(frozen=True)
-class DriveSource(_Host):
-    """A file of Google Drive."""
-
-    kind = 'drive'
-    id: str = ''
+    def to_json(self) -> Dict[str, Any]:
+        """Return the form it has in the manifest."""
+        hashes = {} if self.kind == 'browser' else {'sha256': self.sha256, 'size': self.size}
+        return {**{key: value for key, value in vars(self).items() if value}, **hashes}
 
     def page(self) -> str:
-        """Return its page."""
-        return f'https://drive.google.com/file/d/{self.id}/view'
-
-
-@dataclass(frozen=True)
-class FlowvisionSource(_Host):
-    """A zip in the bucket of flowvision."""
-
-    kind = 'flowvision'
-    name: str = ''
-
-
-@dataclass(frozen=True)
-class HubSource(_Host):
-    """A file in a repository of the Hugging Face Hub."""
-
-    kind = 'hub'
-    id: str = ''
-    file: str = ''
-    revision: Optional[str] = None
-
-
-@dataclass(frozen=True)
-class PackageSource(_Host):
-    """A file that comes with this package."""
-
-    kind = 'package'
-    file: str = ''
-
-
-@dataclass(frozen=True)
-class BrowserSource(Source):
-    """A page that wants a person, with its code."""
-
-    kind = 'browser'
-    url: str = ''
-    code: str = ''
-
-    def page(self) -> str:
-        """Return the page and its code."""
-        return f'{self.url}   # code {self.code}'
-
-
-_SOURCES = {
-    kind.kind: kind for kind in (DriveSource, FlowvisionSource, HubSource, PackageSource, BrowserSource)}
+        """Return the page where a person finds the file, with its code if it has one; '' if there is none."""
+        if self.kind == 'browser':
+            return f'{self.url}   # code {self.code}'
+        return f'https://drive.google.com/file/d/{self.id}/view' if self.kind == 'drive' else ''
 
 
 @dataclass(frozen=True)
@@ -99,7 +55,7 @@ class Record:
     tag: str
     origin: str
     origin_url: Optional[str]
-    sources: Tuple[Any, ...]
+    sources: Tuple[Source, ...]
     bundled: Optional[str]
     dense: bool
     license: str
@@ -116,8 +72,7 @@ class Record:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> 'Record':
         """Read a record of the manifest."""
-        sources = [dict(source) for source in data['sources']]
-        return cls(**{**data, 'sources': tuple(_SOURCES[source.pop('kind')](**source) for source in sources)})
+        return cls(**{**data, 'sources': tuple(Source(**source) for source in data['sources'])})
 
     def to_json(self) -> Dict[str, Any]:
         """Return the form it has in the manifest."""
@@ -138,8 +93,9 @@ class Record:
             value = tuple(getattr(self, name))
             if list(value) != per_stage(name, known[name], len(value)):
                 differing[name] = value[0] if len(set(value)) == 1 else value
-        return {**differing, **({} if self.lda_grouping == known['lda_grouping'] else {
-            'lda_grouping': self.lda_grouping})}
+        if self.lda_grouping != known['lda_grouping']:
+            differing['lda_grouping'] = self.lda_grouping
+        return differing
 
 
 @dataclass(frozen=True)
@@ -246,12 +202,10 @@ def manifest() -> Tuple[Record, ...]:
 
 def bundled_weights() -> Iterator[Tuple[str, str, Dict[str, Any]]]:
     """Yield tag, file and pretrained cfg of the weights that come with the package; none if it has lost its data."""
+    records: Tuple[Record, ...] = ()
     with suppress(FileNotFoundError):
-        yield from _bundled()
-
-
-def _bundled() -> Iterator[Tuple[str, str, Dict[str, Any]]]:
-    for record in manifest():
+        records = manifest()
+    for record in records:
         path = weights_dir() / (record.bundled or '')
         if path.is_file():
             cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in (record.cfg or {}).items()}

@@ -24,7 +24,7 @@ from .files import PathLike, hash_file, locked
 from .hub import describe, endpoint, fetch_weights, hub_file
 from .parsing import Checkpoint
 from .planning import plan_model
-from .records import Conversion, DriveSource, FlowvisionSource, HubSource, Record, find
+from .records import Conversion, Record, Source, find
 from .transfer import DRIVE_URL, download, download_drive
 from .writing import CONFIG_NAME, WEIGHTS_NAME, open_source, tensor_digest, write_directory
 
@@ -66,7 +66,7 @@ class CrossCheck(NamedTuple):
     tag: str
     tensors: int
     digest: str
-    sources: Tuple[Any, ...]
+    sources: Tuple[Source, ...]
 
 
 def store_dir(cache_dir: Optional[PathLike] = None) -> Path:
@@ -130,11 +130,11 @@ def _hosts(record: Record) -> List[str]:
     return list(dict.fromkeys(source.kind for source in _with_account(record)))
 
 
-def _with_account(record: Record) -> List[Any]:
+def _with_account(record: Record) -> List[Source]:
     """Return the sources of a record that can be asked, the Hub account of the environment first."""
     account = os.environ.get('TIMM_CROSSFORMER_HUB')
     asked = account and record.origin == 'official'
-    own: List[Any] = [HubSource(id=f'{account}/{record.tag}', file=WEIGHTS_NAME)] if asked else []
+    own = [Source('hub', id=f'{account}/{record.tag}', file=WEIGHTS_NAME)] if asked else []
     return own + [source for source in record.sources if source.kind in _FETCHERS]
 
 
@@ -216,7 +216,7 @@ def _into_store(record: Record, source: Optional[str], file: Optional[Path], roo
     raise raised(_failure(record, failures))
 
 
-def _from_hub(entry: HubSource, folder: Path) -> Tuple[Path, str]:
+def _from_hub(entry: Source, folder: Path) -> Tuple[Path, str]:
     try:
         return hub_file(entry.id, entry.file, entry.revision), f'{endpoint()}/{entry.id}'
     except FetchError:
@@ -225,13 +225,13 @@ def _from_hub(entry: HubSource, folder: Path) -> Tuple[Path, str]:
         raise FetchError(f'{entry.file} of {entry.id} at {endpoint()}: {describe(e)}.') from None
 
 
-def _from_drive(entry: DriveSource, folder: Path) -> Tuple[Path, str]:
+def _from_drive(entry: Source, folder: Path) -> Tuple[Path, str]:
     mirror = os.environ.get('TIMM_CROSSFORMER_DRIVE_URL') or DRIVE_URL
     path = download_drive(entry.id, folder / 'weights.pth', entry.size, entry.sha256)
     return path, entry.page() if mirror == DRIVE_URL else f'{host_of(mirror)} for {entry.page()}'
 
 
-def _from_flowvision(entry: FlowvisionSource, folder: Path) -> Tuple[Path, str]:
+def _from_flowvision(entry: Source, folder: Path) -> Tuple[Path, str]:
     base = os.environ.get('TIMM_CROSSFORMER_FLOWVISION_URL') or FLOWVISION_URL
     url = f'{base.rstrip("/")}/{entry.name}'
     path = download(url, folder / entry.name, entry.size, entry.sha256)
@@ -334,9 +334,9 @@ def _by_hand(record: Record) -> str:
 _OFFLINE = 'HF_HUB_OFFLINE is set'
 
 
-def _is_cached(entry: Any) -> bool:
+def _is_cached(entry: Source) -> bool:
     """Tell whether the Hub's client has a file already."""
-    return isinstance(entry, HubSource) and isinstance(
+    return entry.kind == 'hub' and isinstance(
         huggingface_hub.try_to_load_from_cache(entry.id, entry.file, revision=entry.revision), str)
 
 
