@@ -1,5 +1,9 @@
-"""Export a model to ONNX, torch.export or OpenVINO: one graph for every batch and, from 33 px up, every image size."""
+"""Export a model to ONNX, torch.export or OpenVINO.
+
+One graph for every batch and, from 33 px up, every image size; or one for a size, of constants and few operators.
+"""
 import importlib
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ._modes import evaluating
+from .fixed import fix
 from .layers import CrossScaleEmbed
 
 FORMATS = {'onnx': '.onnx', 'torch': '.pt2', 'openvino': '.xml'}
@@ -17,31 +22,61 @@ _NEEDS = {'onnx': ('onnx', 'onnxscript'), 'torch': (), 'openvino': ('onnx', 'onn
 _RUNS = {'onnx': ('onnxruntime',), 'torch': (), 'openvino': ('openvino',)}
 
 MIN_SIZE, MAX_SIZE = 33, 8192  # 33 px are the first size whose last map is more than one token
+OPSET = 20  # of ONNX: the first with GELU
+_DTYPES = {
+    'tensor(float)': torch.float32, 'tensor(float16)': torch.float16, 'tensor(double)': torch.float64,
+    'tensor(bfloat16)': torch.bfloat16}
 PROBES = ((2, 224, 224), (1, 33, 97), (3, 191, 70), (1, 256, 321))  # batch, height, width
 
 
-def export_program(model: nn.Module, size: Tuple[int, int] = (230, 310), dynamic: bool = True) -> ExportedProgram:
+def export_program(
+        model: nn.Module,
+        size: Tuple[int, int] = (230, 310),
+        dynamic: Union[bool, str] = True,
+        batch: int = 1,
+) -> ExportedProgram:
     """Trace a classifier or a `features_only` pyramid with torch.export.
+
+    A program for one image size holds constants where one for all sizes computes groups and position biases.
 
     Args:
         model: In evaluation mode.
-        size: Image size to trace with; the only one the program takes unless `dynamic`.
-        dynamic: Leave batch, height and width open: 1 image or more, 33 to 8,192 px.
+        size: Image size to trace with, (height, width); the only one the program takes unless `dynamic` is True.
+        dynamic: True leaves batch, height and width open: 1 image or more, 33 to 8,192 px. 'batch' leaves the batch
+            open alone. False leaves nothing open.
+        batch: Images at a time, where the batch is not left open.
 
     Raises:
-        ValueError: `fit_groups` with `dynamic`: the choice of groups looks at divisors of the size.
+        ValueError: `fit_groups` with open sizes: the choice of groups looks at divisors of the size. Another value of
+            `dynamic`. A batch or size below 1, or a `batch` beside an open one.
     """
-    if dynamic and any(getattr(module, 'fit_groups', False) for module in model.modules()):
+    if dynamic not in (True, False, 'batch'):
+        raise ValueError(f"`dynamic` is True, False or 'batch', got {dynamic!r}.")
+    if len(size) != 2 or min(*size, batch) < 1:
+        raise ValueError(f'`size` is (height, width) and `batch` a number, from 1 up, got {size!r} and {batch!r}.')
+    if dynamic and batch != 1:
+        raise ValueError(f'`batch` is for a batch that is not left open, got {batch}. Leave it out, or `dynamic`.')
+    if dynamic is True and any(getattr(module, 'fit_groups', False) for module in model.modules()):
         raise ValueError('`fit_groups` chooses groups for one image size. Export with dynamic=False, or without it.')
     parameter = next(model.parameters())
-    image = torch.zeros(2 if dynamic else 1, _channels(model), *size, device=parameter.device, dtype=parameter.dtype)
+    channels = _channels(model)
+    like: Dict[str, Any] = dict(device=parameter.device, dtype=parameter.dtype)
+    if dynamic is not True:
+        model = fix(model, torch.zeros(1, channels, *size, **like))
+    image = torch.zeros(2 if dynamic else batch, channels, *size, **like)  # 1 would be taken for a constant
     shapes = None
     if dynamic:
         side: Dict[str, int] = dict(min=MIN_SIZE, max=MAX_SIZE)
-        shapes = ({0: Dim('batch', min=1), 2: Dim('height', **side), 3: Dim('width', **side)},)
+        sides = {2: Dim('height', **side), 3: Dim('width', **side)} if dynamic is True else {}
+        shapes = ({0: Dim('batch', min=1), **sides},)
     with torch.no_grad():
-        return torch.export.export(
-            model, (image,), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=dynamic)
+        program = torch.export.export(
+            model, (image,), dynamic_shapes=shapes, strict=False,
+            prefer_deferred_runtime_asserts_over_guards=dynamic is True)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop('stack_trace', None)  # paths of this machine
+    return program
 
 
 def export_model(
@@ -49,7 +84,8 @@ def export_model(
         path: Union[str, Path],
         format: str = 'onnx',
         size: Tuple[int, int] = (230, 310),
-        dynamic: bool = True,
+        dynamic: Union[bool, str] = True,
+        batch: int = 1,
 ) -> Path:
     """Export a model to a file. The file appears when it is complete.
 
@@ -57,14 +93,13 @@ def export_model(
         model: Classifier or `features_only` pyramid.
         path: File to write: .onnx, .pt2, or .xml (OpenVINO puts the weights in a .bin beside it).
         format: 'onnx', 'torch' or 'openvino'.
-        size: Image size to trace with; the only one the file takes unless `dynamic`.
-        dynamic: Leave batch, height and width open.
+        (others): See `export_program`. An ONNX file of open sizes calls them batch, height and width.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: Another format, or a path with another suffix.
+        ValueError: Another format, or a path with another suffix; what `export_program` refuses.
         ImportError: A package is missing.
     """
     if format not in FORMATS:
@@ -74,7 +109,7 @@ def export_model(
         raise ValueError(f'A file of format {format} ends in {FORMATS[format]}, got {path.name}.')
     _require(format, _NEEDS[format])
     with evaluating(model):
-        program = export_program(model, size, dynamic)
+        program = export_program(model, size, dynamic, batch)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.export-') as folder:
         target = Path(folder) / path.name
@@ -82,13 +117,7 @@ def export_model(
             torch.export.save(program, target)
         else:
             onnx_path = target.with_suffix('.onnx')
-            names = _output_names(model)
-            # Runtimes optimise what they load; here it would take longer than the rest of the export.
-            onnx_program: Any = torch.onnx.export(
-                program, dynamo=True, input_names=['image'], output_names=names, verbose=False, optimize=False)
-            for node in onnx_program.model.graph:
-                node.metadata_props.clear()  # stack traces, with the paths of this machine
-            onnx_program.save(onnx_path)
+            _save_onnx(program, onnx_path, _output_names(model))
             if format == 'openvino':
                 openvino = importlib.import_module('openvino')
                 openvino.save_model(openvino.convert_model(onnx_path), target, compress_to_fp16=False)
@@ -98,8 +127,20 @@ def export_model(
     return path
 
 
+def _save_onnx(program: ExportedProgram, path: Path, output_names: Sequence[str]) -> None:
+    """Write a program as ONNX, optimised: other tools look for weights where they are used, not behind transposes."""
+    onnx_program: Any = torch.onnx.export(
+        program, dynamo=True, input_names=['image'], output_names=output_names, verbose=False, optimize=True,
+        opset_version=OPSET)
+    model = onnx_program.model
+    for node in model.graph:
+        node.metadata_props.clear()  # stack traces, with the paths of this machine
+    onnx_program.save(path)
+    _name_dimensions(path)
+
+
 def load_exported(path: Union[str, Path]) -> Callable[[Tensor], List[Tensor]]:
-    """Load an exported file as a function from images to a list of outputs, all on the CPU.
+    """Load an exported file as a function from images of any precision to a list of outputs, all on the CPU.
 
     Raises:
         ValueError: The suffix is of no known format.
@@ -112,14 +153,17 @@ def load_exported(path: Union[str, Path]) -> Callable[[Tensor], List[Tensor]]:
     format = formats[path.suffix]
     _require(format, _RUNS[format])
     if format == 'torch':
-        program = torch.export.load(path).module()
-        return lambda x: _as_list(program(x))
+        program = torch.export.load(path)
+        placeholder = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+        like, module = placeholder.meta['val'], program.module()
+        return lambda x: _as_list(module(x.to(like.device, like.dtype)))
     if format == 'onnx':
         session = importlib.import_module('onnxruntime').InferenceSession(path, providers=['CPUExecutionProvider'])
-        return lambda x: [torch.from_numpy(y) for y in session.run(None, {'image': x.numpy()})]
+        dtype = _DTYPES[session.get_inputs()[0].type]
+        return lambda x: [torch.from_numpy(y) for y in session.run(None, {'image': x.to('cpu', dtype).numpy()})]
     openvino = importlib.import_module('openvino')
     compiled = openvino.compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    return lambda x: [torch.from_numpy(y.copy()) for y in compiled(x.numpy()).to_tuple()]
+    return lambda x: [torch.from_numpy(y.copy()) for y in compiled(x.cpu().float().numpy()).to_tuple()]
 
 
 def verify_exported(
@@ -135,18 +179,28 @@ def verify_exported(
         probes: (batch, height, width) of the images.
 
     Returns:
-        Largest difference of an output, over the standard deviation of that output, for each of `probes`.
+        Largest difference of an output, over the root mean square of that output, for each of `probes`; NaN if either
+        is NaN anywhere.
     """
     run = load_exported(path)
+    parameter = next(model.parameters())
     differences = {}
     for probe in probes:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(probe[0], _channels(model), *probe[1:], generator=generator)
         with torch.no_grad(), evaluating(model):
-            expected = _as_list(model(x))
-        differences[probe] = max(
-            ((a - b).abs().max() / b.std()).item() for a, b in zip(run(x), expected, strict=True))
+            expected = _as_list(model(x.to(parameter.device, parameter.dtype)))
+        differences[probe] = torch.stack([
+            _difference(a.cpu().double(), b.cpu().double()) for a, b in zip(run(x), expected, strict=True)
+        ]).max().item()  # not Python's, which loses NaN
     return differences
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape != b.shape:
+        raise ValueError(f'The file returns {list(a.shape)} where the model returns {list(b.shape)}: it is of another.')
+    size = b.square().mean().sqrt()
+    return (a - b).abs().max() / torch.where(size == 0, 1., size)
 
 
 def _channels(model: Any) -> int:
@@ -175,3 +229,17 @@ def _require(format: str, packages: Sequence[str]) -> None:
         except ImportError as e:
             raise ImportError(
                 f'Format {format} needs the package {package}. Run `pip install timm_crossformer[export]`.') from e
+
+
+def _name_dimensions(path: Path) -> None:
+    """Call open dimensions what they are, where PyTorch calls them s77."""
+    onnx = importlib.import_module('onnx')
+    model = onnx.load(path, load_external_data=False)
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    names = {dim.dim_param: name for dim, name in zip(dims, ('batch', 'channels', 'height', 'width'), strict=True)
+             if dim.dim_param}
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r'\w+', lambda match: names.get(match[0], match[0]), dim.dim_param)
+    onnx.save(model, path)
