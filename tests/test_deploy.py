@@ -1,15 +1,22 @@
 """Files for one image size, in the tools that deploy them."""
 import collections
+import runpy
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from common import lively, noise, small
+from PIL import Image
 
 from timm_crossformer import export, reparameterize
 from timm_crossformer.export import export_model, export_program, verify_exported
 from timm_crossformer.inference import InferenceAttention
+from timm_crossformer.precision import to_half, to_int8
+
+ROOT = Path(__file__).parents[1]
 
 onnx = pytest.importorskip('onnx')
 ort = pytest.importorskip('onnxruntime')
@@ -159,6 +166,51 @@ def test_programs_hold_no_paths(tmp_path):
     path = export_model(model, tmp_path / 'm.pt2', 'torch', (40, 40), False)
     with zipfile.ZipFile(path) as archive:
         assert not any(b'.py' in archive.read(name) for name in archive.namelist())
+
+
+@pytest.mark.parametrize('args', [{}, dict(crop_mode='center', crop_pct=.875)], ids=str)
+def test_the_example_prepares_images_as_timm_does(args):
+    image = Image.open(ROOT / 'examples' / 'photo.jpg').convert('RGB')
+    model = timm.create_model('test_crossformer', pretrained_cfg_overlay=args)
+    about = export.describe_input(model, (64, 64))
+    prepare = runpy.run_path(str(ROOT / 'examples' / 'deploy.py'))['prepare']
+    data = timm.data.resolve_model_data_config(model)
+    expected = timm.data.create_transform(**dict(data, input_size=(3, 64, 64)))(image)
+    np.testing.assert_allclose(prepare(image, about['preprocessing'])[0], expected.numpy(), atol=1e-5)
+    assert about['labels'] is None or len(about['labels']) == model.num_classes
+
+
+def test_wrong_precisions(tmp_path):
+    for args, words in [
+            (dict(dtype='int4'), r"`dtype` is one of fp32, fp16, int8, got 'int4'\."),
+            (dict(dtype='int8'), "`dtype` 'int8' and `calibrate` go together"),
+            (dict(dtype='int8', calibrate=[]), "`dtype` 'int8' is for files of one image size"),
+            (dict(dtype='fp16', format='torch'), '`dtype` fp16 is for ONNX files of models in fp32')]:
+        suffix = export.FORMATS[args.get('format', 'onnx')]
+        with pytest.raises(ValueError, match=words):
+            export_model(small(), tmp_path / f'm{suffix}', **args)
+    with pytest.raises(ValueError, match='holds 0 images, fewer than a batch of 1'):
+        export.calibration(small(), tmp_path, (64, 64))
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_and_int8_keep_what_is_sensitive(exported, tmp_path):
+    model, path = exported
+    to_half(path, tmp_path / 'half.onnx')
+    difference = verify_exported(model, tmp_path / 'half.onnx', [(2, 61, 70)])[2, 61, 70]
+    assert 1e-5 < difference < 1e-2
+    half = onnx.load(tmp_path / 'half.onnx')
+    scales = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    softmax_inputs = {node.input[0] for node in half.graph.node if node.op_type == 'Softmax'}
+    casts = {out for node in half.graph.node if node.op_type == 'Cast' for out in node.output}
+    assert softmax_inputs <= casts
+    assert onnx.TensorProto.FLOAT16 in scales.values()
+    assert half.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    to_int8(path, tmp_path / 'int8.onnx', (noise(2, 3, 61, 70, seed=seed) for seed in range(4)))
+    assert verify_exported(model, tmp_path / 'int8.onnx', [(2, 61, 70)])[2, 61, 70] < .3
+    assert (tmp_path / 'int8.onnx').stat().st_size < .5 * path.stat().st_size
+    with pytest.raises(ValueError, match='no images to calibrate with'):
+        to_int8(path, tmp_path / 'none.onnx', [])
 
 
 def test_wrong_sizes_and_batches():

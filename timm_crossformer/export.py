@@ -3,19 +3,23 @@
 One graph for every batch and, from 33 px up, every image size; or one for a size, of constants and few operators.
 """
 import importlib
+import json
+import math
 import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
+from timm.data import ImageNetInfo, create_transform, get_img_extensions, resolve_model_data_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ._modes import evaluating
 from .fixed import fix
 from .layers import CrossScaleEmbed
+from .precision import to_half, to_int8
 
 FORMATS = {'onnx': '.onnx', 'torch': '.pt2', 'openvino': '.xml'}
 _NEEDS = {'onnx': ('onnx', 'onnxscript'), 'torch': (), 'openvino': ('onnx', 'onnxscript', 'openvino')}
@@ -86,14 +90,21 @@ def export_model(
         size: Tuple[int, int] = (230, 310),
         dynamic: Union[bool, str] = True,
         batch: int = 1,
+        dtype: str = 'fp32',
+        calibrate: Optional[Iterable[Tensor]] = None,
 ) -> Path:
-    """Export a model to a file. The file appears when it is complete.
+    """Export a model to a file, and what has to be done to an image before to a JSON file beside it.
+
+    Both appear when they are complete. The JSON file is named after the other, model.onnx.json.
 
     Args:
         model: Classifier or `features_only` pyramid.
         path: File to write: .onnx, .pt2, or .xml (OpenVINO puts the weights in a .bin beside it).
         format: 'onnx', 'torch' or 'openvino'.
         (others): See `export_program`. An ONNX file of open sizes calls them batch, height and width.
+        dtype: 'fp32', the precision of the model; 'fp16', for GPUs, with norms and softmax in fp32; or 'int8', linear
+            layers and convolutions in int8. The latter two make ONNX files from models in fp32.
+        calibrate: For int8, batches of images as the model gets them; some hundred images serve.
 
     Returns:
         The path.
@@ -107,7 +118,15 @@ def export_model(
     path = Path(path)
     if path.suffix != FORMATS[format]:
         raise ValueError(f'A file of format {format} ends in {FORMATS[format]}, got {path.name}.')
-    _require(format, _NEEDS[format])
+    if dtype not in ('fp32', 'fp16', 'int8'):
+        raise ValueError(f'`dtype` is one of fp32, fp16, int8, got {dtype!r}.')
+    if dtype != 'fp32' and (format != 'onnx' or next(model.parameters()).dtype != torch.float32):
+        raise ValueError(f'`dtype` {dtype} is for ONNX files of models in fp32. Use format onnx, and `model.float()`.')
+    if (dtype == 'int8') != (calibrate is not None):
+        raise ValueError("`dtype` 'int8' and `calibrate` go together: int8 needs images, and nothing else does.")
+    if dtype == 'int8' and dynamic is True:
+        raise ValueError("`dtype` 'int8' is for files of one image size. Export with dynamic=False or 'batch'.")
+    _require(format, _NEEDS[format] + (() if dtype == 'fp32' else ('onnxruntime',)))
     with evaluating(model):
         program = export_program(model, size, dynamic, batch)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,13 +137,76 @@ def export_model(
         else:
             onnx_path = target.with_suffix('.onnx')
             _save_onnx(program, onnx_path, _output_names(model))
+            if dtype != 'fp32':
+                full = onnx_path.rename(onnx_path.with_suffix('.full'))
+                if calibrate is None:
+                    to_half(full, onnx_path)
+                else:
+                    to_int8(full, onnx_path, calibrate)
+                full.unlink()
             if format == 'openvino':
                 openvino = importlib.import_module('openvino')
                 openvino.save_model(openvino.convert_model(onnx_path), target, compress_to_fp16=False)
                 onnx_path.unlink()
+        side = size if dynamic is not True else None
+        text = json.dumps(describe_input(model, side), indent=2)
+        target.with_name(f'{path.name}.json').write_text(text + '\n', encoding='utf-8')
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == path.suffix):  # the main file last
             shutil.move(file, path.parent / file.name)
     return path
+
+
+def describe_input(model: Any, size: Optional[Tuple[int, int]] = None) -> Dict[str, Any]:
+    """Say how an image becomes what a model takes, in terms that need neither timm nor PyTorch.
+
+    Args:
+        model: Classifier or pyramid.
+        size: Image size of the file, (height, width); the model's own if None.
+
+    Returns:
+        A dict for JSON. `preprocessing`: an RGB image is scaled with `interpolation` until it covers `resize` (height,
+        width), or by `crop_mode` 'squash' to just that; cut to the `crop` in its centre, divided by 255, less `mean`,
+        over `std`, for each channel. `labels` are the names of classes, or null.
+    """
+    data = resolve_model_data_config(model)
+    height, width = size or data['input_size'][1:]
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    labels = config.get('label_names')
+    number = model.num_classes if hasattr(model, 'head') else 0
+    if labels is None or len(labels) != number:
+        labels = [ImageNetInfo().index_to_description(i) for i in range(1000)] if number == 1000 else None
+    return {
+        'model': config.get('architecture'),
+        'tag': config.get('tag') or None,
+        'input': {'name': 'image', 'layout': 'NCHW', 'channels': 'RGB', 'size': [height, width]},
+        'preprocessing': {
+            'resize': [math.floor(side / data['crop_pct']) for side in (height, width)], 'crop': [height, width],
+            'crop_mode': data['crop_mode'], 'interpolation': data['interpolation'], 'mean': list(data['mean']), 'std': list(data['std'])},
+        'outputs': _output_names(model),
+        'labels': None if labels is None else list(labels),
+    }
+
+
+def calibration(model: nn.Module, folder: Union[str, Path], size: Tuple[int, int], batch: int = 1) -> Iterator[Tensor]:
+    """Yield the images of a folder and its subfolders in batches [batch, 3, height, width], as the model gets them.
+
+    Raises:
+        ValueError: There are fewer images than a batch. A file that is none is passed over.
+    """
+    files = [file for file in sorted(Path(folder).rglob('*')) if file.suffix.lower() in get_img_extensions()]
+    if len(files) < batch:
+        raise ValueError(f'{folder} holds {len(files)} images, fewer than a batch of {batch}. Pass a folder of images.')
+    _require('int8', ('PIL',))
+    from PIL import Image
+
+    data = resolve_model_data_config(model)
+    transform: Any = create_transform(**dict(data, input_size=(3, *size)))
+
+    def batches() -> Iterator[Tensor]:
+        for first in range(0, len(files) - batch + 1, batch):
+            yield torch.stack([transform(Image.open(file).convert('RGB')) for file in files[first:first + batch]])
+
+    return batches()
 
 
 def _save_onnx(program: ExportedProgram, path: Path, output_names: Sequence[str]) -> None:

@@ -36,8 +36,9 @@ def fix(model: nn.Module, image: Tensor) -> nn.Module:
     for block, seen in sizes.items():
         if len(seen) == 1:  # else it is called on maps of several sizes
             setattr(block, 'attn', FixedAttention(block.attn, *seen.pop()))  # noqa: B010  another type
-    if hasattr(fast, 'to_map'):
-        fast.to_map = nn.Sequential(fast.to_map, _Contiguous())  # pooled as a view, it would become a gather in ONNX
+    to_map = getattr(fast, 'to_map', None)
+    if isinstance(to_map, nn.Module):
+        fast.to_map = nn.Sequential(to_map, _Contiguous())  # pooled as a view, it would become a gather in ONNX
     return fast
 
 
