@@ -181,7 +181,8 @@ def describe_input(model: Any, size: Optional[Tuple[int, int]] = None) -> Dict[s
         'input': {'name': 'image', 'layout': 'NCHW', 'channels': 'RGB', 'size': [height, width]},
         'preprocessing': {
             'resize': [math.floor(side / data['crop_pct']) for side in (height, width)], 'crop': [height, width],
-            'crop_mode': data['crop_mode'], 'interpolation': data['interpolation'], 'mean': list(data['mean']), 'std': list(data['std'])},
+            'crop_mode': data['crop_mode'], 'interpolation': data['interpolation'],
+            'mean': list(data['mean']), 'std': list(data['std'])},
         'outputs': _output_names(model),
         'labels': None if labels is None else list(labels),
     }
