@@ -58,8 +58,16 @@ def is_symbol(x: Any) -> bool:
 
 def is_transformed() -> bool:
     """Return whether derivatives are taken by function transforms or forwards: operators must come apart for them."""
-    return torch._C._are_functorch_transforms_active() or (
-        not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+    return _is_in_function_transform() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+
+
+def _is_in_function_transform() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# The compiler is to ask, not to put the question into the graph. `torch.compiler.assume_constant_result` does the same,
+# and imports the compiler.
+_is_in_function_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_eager_inference(x: Tensor) -> bool:

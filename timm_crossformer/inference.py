@@ -83,9 +83,11 @@ def reparameterize(
     if img_size is not None:
         height, width = img_size if isinstance(img_size, (list, tuple)) else (img_size, img_size)
         with ExitStack() as stack, evaluating(fast), torch.no_grad():
-            for attention in attentions:
-                handle = attention.register_forward_pre_hook(lambda module, args: module.prepare(*args[0].shape[1:3]))
-                stack.callback(handle.remove)
+            for block in fast.modules():
+                if isinstance(block, InferenceBlock):  # wide maps pass by the attention's own call, in parts
+                    handle = block.register_forward_pre_hook(
+                        lambda block, args: block.attn.prepare(*args[0].shape[1:3]))
+                    stack.callback(handle.remove)
             like = next(fast.parameters())
             channels = next(cast(int, module.in_chans) for module in fast.modules() if hasattr(module, 'in_chans'))
             fast(torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype))

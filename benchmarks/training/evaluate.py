@@ -11,7 +11,7 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import pyarrow.parquet
 import timm
@@ -20,6 +20,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_crossformer  # registers the models
+from timm_crossformer.export import load_exported
 from timm_crossformer.ops.grouping import LDA_GROUPINGS
 
 BATCH = 250
@@ -30,6 +31,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('model', help='timm model name, with the tag of its weights')
     parser.add_argument('--data', required=True, help='folder of parquet files with columns image and label')
+    parser.add_argument('--file', help='an exported file of the model, with an open batch, to run in its place')
     parser.add_argument('--split', default='test')
     parser.add_argument('--dataset-name', default='CIFAR-10 (JPEG q75)', help='what to call the data in the CSV')
     parser.add_argument('--img-size', type=int, nargs='+', help="default: the model's own")
@@ -58,7 +60,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             row: Dict[str, Any] = dict(model=args.model, data=args.dataset_name, split=args.split, img_size=size)
             if grouping:
                 row.update(lda_grouping=grouping, fit_groups=fit)
-            row.update(images=len(labels), accuracy=round(accuracy(model, batch, labels), 2))
+            run: Any = model
+            if args.file:
+                row.update(file=Path(args.file).name)
+                exported = load_exported(args.file)
+                run = lambda x: exported(x)[0]  # noqa: B023, E731  called before the loop goes on
+            row.update(images=len(labels), accuracy=round(accuracy(run, batch, labels), 2))
             rows.append(row)
             print(', '.join(f'{k} {v}' for k, v in row.items()), flush=True)
     if args.csv:
@@ -82,7 +89,7 @@ def settings(model: torch.nn.Module, groupings: bool) -> List[Any]:
 
 
 @torch.inference_mode()
-def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, labels: torch.Tensor) -> float:
     """Return the top-1 accuracy in per cent."""
     correct = sum(
         int((model(images[i:i + BATCH]).argmax(1) == labels[i:i + BATCH]).sum()) for i in range(0, len(labels), BATCH))
