@@ -8,7 +8,7 @@ from typing import Dict, Optional, Set, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from ._modes import evaluating
