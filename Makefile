@@ -16,6 +16,9 @@ PYTHON313 = $(or $(call find,3.13),$(PYTHON))
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --durations 10 --durations-min 2
 QUICK := not slow and not clients and not network
+# What the versions of PyTorch, timm and the others decide: files whose quick tests run on every set of versions.
+CORE := $(addprefix tests/test_,model.py ops.py inference.py grouping.py golden.py timm_contract.py numbers.py \
+	precision.py reading.py hub.py imports.py weights.py)
 
 .NOTPARALLEL:
 .PHONY: demo test test-all slow oldest conformance package clients quick check style bench gpu tables
@@ -38,19 +41,19 @@ quick: $(VENV)/test
 slow: $(VENV)/test
 	$(BIN)/python $(PYTEST) -m "slow and not clients and not network"
 
-# The quick tests with the oldest versions of everything that is needed.
+# The quick tests of the core with the oldest versions of everything that is needed.
 oldest: $(VENV)-oldest/test
-	$(VENV)-oldest/bin/python $(PYTEST) -m "$(QUICK)"
+	$(VENV)-oldest/bin/python $(PYTEST) -m "$(QUICK)" $(CORE)
 
 # timm's own tests, of the version that is installed, on one model per kind of network; with VARIANTS=all on all.
 conformance: $(VENV)/conformance
 	$(BIN)/python tests/conformance/fetch.py
 	$(BIN)/python $(PYTEST) tests/conformance
 
-# Build wheel and source distribution, use them away from here, and run the quick tests of the one on the other, with
-# Python 3.13 where there is one.
+# Build wheel and source distribution, use them away from here, and run the quick tests of the core of the one on the
+# other, with Python 3.13 where there is one.
 package: $(VENV)/package
-	PACKAGE_PYTHON=$(PYTHON313) WORKERS=$(WORKERS) $(BIN)/python -m pytest tests/package
+	PACKAGE_PYTHON=$(PYTHON313) WORKERS=$(WORKERS) CORE="$(CORE)" $(BIN)/python -m pytest tests/package
 
 # The tests inside segmentation-models-pytorch, torchvision, transformers, ... Two of them need an environment of their
 # own.
