@@ -34,7 +34,7 @@ def assert_same(found, expected, eps=1e-5):
     torch.testing.assert_close(found, expected, rtol=eps, atol=eps * expected.double().std().item())
 
 
-@pytest.mark.parametrize('part', [1000, 1 << 19])
+@pytest.mark.parametrize('part', [20_000, 1 << 19])
 @pytest.mark.parametrize('kind', KINDS)
 def test_numbers_are_those_of_the_model(kind, part, monkeypatch):
     monkeypatch.setattr(inference, '_PART', part)
