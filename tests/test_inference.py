@@ -338,7 +338,7 @@ def test_tracers(way):
         elif way == 'script':
             traced = torch.jit.script(form)
         elif way == 'compile':
-            traced = torch.compile(form)
+            traced = torch.compile(form, backend='aot_eager')
         else:
             shapes = None if way == 'export' else ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO,
                                                     3: torch.export.Dim.AUTO},)
