@@ -162,6 +162,8 @@ COUNTS = [  # dtype, channels per head, members, backward; by kernel and capabil
 SPILLS = {
     ('backward_kernel', torch.bfloat16, 120): 16,
     ('backward_kernel', torch.float32, 90): 256,
+    ('backward_kernel', torch.float32, 100): 272,
+    ('backward_kernel', torch.float32, 120): 272,
     ('backward_queries_kernel', torch.bfloat16, 80): 8,
 }
 
