@@ -264,8 +264,8 @@ def test_other_heads_spill_in_fp32_alone(dtype, head_dim, members, tmp_path, mon
         for kernel, *compiled_for in built(dtype, head_dim, members, backward):
             compiled = assemble(kernel, *compiled_for, GPUTarget('cuda', 80, 32), monkeypatch, tmp_path)
             usage, _ = machine_code(compiled, tmp_path)
-            assert usage['STACK'] == usage['LOCAL'] == 0, f'{kernel.__name__} spills: {usage}'
-            assert usage['SHARED'] <= 99 * 1024, usage
+            assert usage['STACK'] <= (384 if dtype == torch.float32 else 0), f'{kernel.__name__} spills: {usage}'
+            assert usage['LOCAL'] == 0 and usage['SHARED'] <= 99 * 1024, usage
 
 
 @compiles
