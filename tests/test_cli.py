@@ -323,12 +323,12 @@ def test_a_terminated_command_leaves_nothing(start, source, tmp_path):
         '                time.sleep(60)\n'
         'sys.meta_path.insert(0, Hang())\n')
     root = str(Path(__file__).parents[1])
-    process = subprocess.Popen(
-        [sys.executable, *start, 'export', 'x.onnx', '--model', 'test_crossformer'], stdout=subprocess.PIPE, text=True,
-        cwd=tmp_path, env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), root])))
-    assert process.stdout.readline() == 'ready\n'
-    process.terminate()
-    assert process.wait(60) == 143
+    command = [sys.executable, *start, 'export', 'x.onnx', '--model', 'test_crossformer']
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), root]))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=env) as process:
+        assert process.stdout.readline() == 'ready\n'
+        process.terminate()
+        assert process.wait(60) == 143
     assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith('tmp')] == []
 
 

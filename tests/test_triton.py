@@ -165,6 +165,8 @@ SPILLS = {
     ('backward_kernel', torch.float32, 100): 272,
     ('backward_kernel', torch.float32, 120): 272,
     ('backward_queries_kernel', torch.bfloat16, 80): 8,
+    ('backward_queries_kernel', torch.bfloat16, 120): 8,
+    ('backward_pairs_kernel', torch.bfloat16, 120): 56,
 }
 
 
@@ -257,14 +259,14 @@ def test_counts_of_machine_code(capability, dtype, head_dim, members, backward, 
 @pytest.mark.slow
 @pytest.mark.parametrize('head_dim,members', [(64, 49), (128, 49), (128, 1050), (8, 49)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_other_heads_spill_in_fp32_alone(dtype, head_dim, members, tmp_path, monkeypatch):
+def test_other_heads_hardly_spill(dtype, head_dim, members, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
 
     for backward in (False, True):
         for kernel, *compiled_for in built(dtype, head_dim, members, backward):
             compiled = assemble(kernel, *compiled_for, GPUTarget('cuda', 80, 32), monkeypatch, tmp_path)
             usage, _ = machine_code(compiled, tmp_path)
-            assert usage['STACK'] <= (384 if dtype == torch.float32 else 0), f'{kernel.__name__} spills: {usage}'
+            assert usage['STACK'] <= (32 if dtype == torch.float32 else 0), f'{kernel.__name__} spills: {usage}'
             assert usage['LOCAL'] == 0 and usage['SHARED'] <= 99 * 1024, usage
 
 
@@ -323,6 +325,29 @@ def test_tiles_of_groups_as_large_as_they_come():
     assert ops.variant(torch.float32, 32, 49, True, False).one_tile
     step = dict(ops.variant(torch.bfloat16, 32, 196, True, False).constants)['STEP']
     assert 256 * -(-196 // step) * step < 1.5 * 196 ** 2  # pairs of 14 x 14 that are computed
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('members', [15, 30, 49, 81, 196])
+def test_rounding_is_no_fault(members, dtype, monkeypatch):
+    """What kernels take of a result is rounded: gradients in fp32, but for that, pass the check, in every variant."""
+    def forward(qkv, *given, save, processors):
+        out, logsumexp = reference.attention_and_logsumexp(qkv.float(), *given)
+        return out.to(dtype), logsumexp
+
+    @torch.enable_grad()
+    def backward(grad, qkv, table, out, logsumexp, num_heads, *given, processors):
+        qkv, table = (x.float().requires_grad_() for x in (qkv, table))
+        exact, logsumexp = reference.attention_and_logsumexp(qkv, table, num_heads, *given)
+        off = ((out - exact.detach()) * grad.float()).unflatten(-1, (num_heads, -1)).sum(-1)  # of delta
+        assert off.shape == logsumexp.shape
+        return torch.autograd.grad((exact * grad).sum() - (off * logsumexp).sum(), (qkv, table))
+
+    monkeypatch.setattr(ops, '_unsuited', lambda device: None)
+    monkeypatch.setattr(ops, 'forward', forward)
+    monkeypatch.setattr(ops, 'backward', backward)
+    variant = ops.variant(dtype, 32, members, True, ops._allows_tf32())
+    assert ops.find_fault(torch.device('cpu'), dtype, 32, variant, True) is None
 
 
 @pytest.mark.parametrize('n', range(1, 12))

@@ -54,7 +54,7 @@ def variant(dtype: torch.dtype, head_dim: int, members: int, backward: bool, tf3
         if step == 64 and -(-members // 32) * 32 < 0.9 * (-(-members // 64) * 64):  # 14 x 14: much of it would be idle
             step = 32
     light = dtype != torch.float32 and block_dim <= 32
-    warps = max(1, block * step // 1024) * (1 if light else 4 if block_dim > 64 else 2)
+    warps = max(1, block * step // 1024) * (1 if light else 4 if block_dim * dtype.itemsize > 128 else 2)
     # A pass that waits for memory gains from a third program at work.
     resident_warps = 12 if light and one_tile and not backward else 8
     options = {'num_warps': warps, 'num_stages': 1, 'enable_fp_fusion': True}
@@ -77,7 +77,7 @@ def pairs_options(variant: Variant) -> Dict[str, Any]:
     """Return constants and options of the kernel for pairs, whose tiles are square."""
     options = dict((*variant.constants, *variant.options))
     del options['STEP']
-    wide = options['BLOCK_DIM'] > 64
+    wide = options['num_warps'] * 256 >= variant.block * variant.step  # what `variant` gives to rows of 256 bytes
     return {**options, 'BLOCK': variant.step, 'num_warps': options['num_warps'] * (2 if wide else 1)}
 
 
@@ -382,7 +382,9 @@ def find_fault(
             B, H, W, C = 2, 2 * height - 1, 2 * width - 1, 2 * head_dim  # some members of most groups do not exist
             waves = torch.arange(B * H * W * 3 * C, dtype=torch.float32, device=device).sin()  # not random: no state
             qkv = waves.view(B, H, W, 3 * C).to(dtype)
-            grad = waves[:B * H * W * C].view(B, H, W, C).cos().to(dtype)
+            # Like the values: the table's gradient, a sum over all groups, is large then. Of unrelated numbers it would
+            # nearly cancel, and what is left be as small as the rounding of `out`.
+            grad = (qkv[..., 2 * C:].float() + waves[:B * H * W * C].view(B, H, W, C).cos()).to(dtype)
             table = waves[:2 * H * W].view(2, H, W).clone()
             rows, cols = (1, height, 2), (2, width, 1)
             out, logsumexp = forward(qkv, table, 2, rows, cols, save=backward_too, processors=1)
