@@ -114,6 +114,24 @@ def test_a_compiled_model_is_the_eager_one():
     assert cases.build_case(compiled)[0] is cases.build_case(eager)[0]
 
 
+@pytest.mark.filterwarnings('ignore')  # what exporters and runtimes say
+def test_exported_models_are_the_eager_one(small_gemm):
+    pytest.importorskip('onnxruntime')
+    some = [replace(TINY, mode=mode, size='64') for mode in ('eager', *cases.RUNTIMES)]
+    assert [ours.mode for _, ours in cases.same_networks(some)] == list(cases.RUNTIMES)
+    found = measuring.measure(some, seconds=0, min_rounds=1)
+    assert len({row['median_ms'] for row in found}) == len(some)
+    assert len({row['gmacs'] for row in found}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')
+def test_exported_peers_are_the_eager_ones(small_gemm):
+    pytest.importorskip('onnxruntime')
+    case = Case('test_convnext', size='64', threads=1)
+    measuring.measure([case, replace(case, mode='onnxruntime')], seconds=0, min_rounds=1)
+
+
 def test_networks_that_should_be_equal_and_are_not_fail(monkeypatch, small_gemm):
     monkeypatch.setattr(cases, 'PEER_OF_SAME_NETWORK', {OTHER: 'test_crossformer'})
     with pytest.raises(WrongResult, match='same network'):

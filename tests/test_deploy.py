@@ -213,6 +213,32 @@ def test_half_precision_and_int8_keep_what_is_sensitive(exported, tmp_path):
         to_int8(path, tmp_path / 'none.onnx', [])
 
 
+@pytest.mark.parametrize('half', [False, True], ids=['fp32', 'fp16'])
+def test_tensorrt_lists_all_of_it(exported, half, tmp_path):
+    """docs/operators.md of onnx-tensorrt 10.15: each of these kinds, in fp32 and fp16, under the conditions below."""
+    _, path = exported
+    if half:
+        to_half(path, tmp_path / 'half.onnx')
+        path = tmp_path / 'half.onnx'
+    onnx.checker.check_model(str(path), full_check=True)
+    graph = onnx.load(path).graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    assert set(kinds(path)) <= PLAIN | {'Cast'}
+    assert 9 <= export.OPSET <= 24
+    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
+    assert {weight.data_type for weight in weights.values()} <= {*floats, onnx.TensorProto.INT64}  # shapes and axes
+    values = [value for value in (*graph.input, *graph.output, *graph.value_info) if value.name not in weights]
+    assert len(values) >= len(graph.node)
+    for value in values:
+        assert value.type.tensor_type.elem_type in floats and len(value.type.tensor_type.shape.dim) <= 8
+    for node in graph.node:
+        assert node.domain == '' and len(node.output) == 1  # of LayerNormalization, the first alone
+        if node.op_type == 'Conv':
+            assert len(weights[node.input[1]].dims) == 4
+        if node.op_type in ('ReduceMean', 'Pad', 'Slice', 'Reshape'):
+            assert all(name in weights for name in node.input[1:] if name)
+
+
 def test_wrong_sizes_and_batches():
     for args, words in [
             (dict(dynamic='height'), r"`dynamic` is True, False or 'batch', got 'height'\."),

@@ -75,6 +75,7 @@ def test_tables_without_results_name_the_command(tmp_path, name):
     ('sizes', '| crossformer_small region |'),
     ('memory', '| crossformer_small map | 262 | 1075 | 1049 | 4194 |'),
     ('compiled', '| crossformer_small | 224 | 1 | 2 |'),
+    ('deployed', '| crossformer_small, 224 px, batch 8 |'),
     ('targets', '| yes |'),
     ('operators', '| vit-pytorch CrossFormer | inference, 224 px, batch 8 | 2 | 70 | 80 |'),
     ('roofline', '| crossformer_small | 224 | 1 | 20 | 2 | 40 | 0.75 |'),

@@ -17,6 +17,11 @@ def to_half(path: Path, target: Path) -> None:
     float16 = importlib.import_module('onnxruntime.transformers.float16')
     model = float16.convert_float_to_float16(
         onnx.load(path), keep_io_types=True, op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *SAFE])
+    # The conversion leaves casts behind their users, and what it had inferred from fp32: other runtimes refuse both.
+    importlib.import_module('onnxruntime.transformers.onnx_model').OnnxModel(model).topological_sort()
+    del model.graph.value_info[:]
+    model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    onnx.checker.check_model(model, full_check=True)
     onnx.save(model, target)
 
 

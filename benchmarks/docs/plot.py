@@ -7,7 +7,7 @@ from typing import List, Optional, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from readme import cases, hardware, read_csv, rows, short, threads_words
+from readme import DEPLOYED, cases, deployment, hardware, read_csv, rows, short, threads_words
 
 PLOTS = Path(__file__).parents[1] / 'plots'
 STYLE = {
@@ -88,6 +88,29 @@ def time_per_megapixel(results: Path) -> Optional[Figure]:
     return figure
 
 
+def deployed(results: Path) -> Optional[Figure]:
+    """Draw the time of an image at 224 px in each runtime, a panel for each batch."""
+    measured = rows.pick(deployment(results), size='224')
+    if measured.empty:
+        return None
+    batches = sorted(measured['batch'].unique())
+    figure = Figure(figsize=(8, 3.2 * len(batches)), layout='constrained')
+    for batch, axes in zip(batches, figure.subplots(len(batches), squeeze=False)[:, 0], strict=True):
+        panel = rows.pick(measured, batch=batch)
+        table = (panel.assign(ms=panel['median_ms'] / batch)
+                 .pivot(index='name', columns='way', values='ms').reindex(panel['name'].unique()))
+        ways = [way for way in DEPLOYED.values() if way in table]
+        for i, way in enumerate(ways):
+            axes.bar(np.arange(len(table)) + (i - (len(ways) - 1) / 2) * .8 / len(ways), table[way], .8 / len(ways),
+                     label=way)
+        axes.set_xticks(range(len(table)), table.index, fontsize=8)
+        axes.grid(axis='x', visible=False)
+        axes.set(ylabel='ms per image')
+        axes.set_title(f'224 px, batch {batch}, {threads_words(panel["threads"].max())}\n{hardware(panel)}', fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=6, fontsize=8)
+    return figure
+
+
 def roofline(results: Path) -> Optional[Figure]:
     """Draw the estimated time of an image by kind of operator, on each card."""
     estimates = read_csv(results / 'roofline.csv')
@@ -123,7 +146,8 @@ def _save(figure: Figure, path: Path) -> None:
     path.write_text('\n'.join(line.rstrip() for line in text.splitlines()) + '\n', encoding='utf-8')
 
 
-PLOTTERS = {'throughput': throughput, 'time_per_megapixel': time_per_megapixel, 'roofline': roofline}
+PLOTTERS = {
+    'throughput': throughput, 'time_per_megapixel': time_per_megapixel, 'deployed': deployed, 'roofline': roofline}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / 'speed'))  # what most tables ar
 import cases
 import rows
 import targets as goals
-from cases import BIRDER, OURS, PP_SMALL, SIZES, SWIN, VIT_PYTORCH, size_contestants
+from cases import BIRDER, FORM, OURS, PP_SMALL, SIZES, SWIN, VIT_PYTORCH, size_contestants
 from rows import RESULTS
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,9 @@ def short(contestant: str) -> str:
     names = {BIRDER: 'birder crossformer_s', VIT_PYTORCH: 'vit-pytorch CrossFormer', SWIN: 'swin_tiny'}
     name, *options = contestant.split()
     options = [option for option in options if not option.startswith('drop_path_rate')]
-    return ' '.join([names.get(name, name), *(o.removeprefix('lda_grouping=').removesuffix('=True') for o in options)])
+    form = ', inference form' if FORM.strip() in options else ''
+    words = [o.removeprefix('lda_grouping=').removesuffix('=True') for o in options if o != FORM.strip()]
+    return ' '.join([names.get(name, name), *words]) + form
 
 
 def grouped(contestant: str) -> str:
@@ -194,8 +196,8 @@ def sizes(results: Path, fit: str = '') -> str:
                               {'contestant': row.contestant, 'size': '224'}, per='macs')
         pace = f'{row.median_ms / row.megapixels:.0f}'
         body.append([row.contestant, row.size, f'{pace} ({relative:.2f})' if relative and row.size != '224' else pace])
-    case = '' if measured.empty else f', {threads_words(measured["threads"].max())} ({hardware(measured)})'
-    return _by_size(body, names, f'ms per megapixel, batch 1, fp32{case}', 'python benchmarks/speed/bench.py sizes')
+    head = f'ms per megapixel, batch 1, fp32{_where(measured)}'
+    return _by_size(body, names, head, 'python benchmarks/speed/bench.py sizes')
 
 
 @table
@@ -228,6 +230,46 @@ def compiled(results: Path) -> str:
         body.append([short(row.contestant), row.size, row.batch, row.threads, *_faster(ratio)])
     head = ['model', 'px', 'batch', 'threads', 'faster than eager']
     return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/speed/bench.py compile')
+
+
+DEPLOYED = {
+    'eager': 'PyTorch', 'form': 'inference form', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO',
+    'onnxruntime-int8': 'ONNX Runtime, int8', 'openvino-int8': 'OpenVINO, int8'}
+
+
+def deployment(results: Path) -> pd.DataFrame:
+    """Return the last rows of the part `deploy`, with `name` and `way`, one of the values of `DEPLOYED`."""
+    measured = rows.latest(rows.read(results, 'deploy'))
+    form = measured['contestant'].str.contains(FORM, regex=False)
+    return measured.assign(
+        name=measured['contestant'].str.replace(FORM, '', regex=False).map(short),
+        way=measured['mode'].mask(form, 'form').map(DEPLOYED))
+
+
+@table
+def deployed(results: Path) -> str:
+    """Milliseconds of a batch in each runtime; in parentheses, the time per multiply-add over that of Swin there."""
+    measured = deployment(results)
+    everything = rows.read(results, 'deploy')
+    body = []
+    for row in measured.itertuples():
+        where = {'size': row.size, 'batch': row.batch, 'task': row.task}
+        # The form of Swin is its eager model.
+        ratio = rows.ratio(everything, {**where, 'contestant': row.contestant, 'mode': row.mode},
+                           {**where, 'contestant': SWIN, 'mode': row.mode}, per='macs')
+        case = f'{row.size} px, batch {row.batch}'
+        body.append([f'{row.name}, {case}', row.way, f'{row.median_ms:.0f}' + (f' ({ratio:.2f})' if ratio else '')])
+    cells = pd.DataFrame(body, columns=['name', 'way', 'text'])
+    head = f'ms, fp32 but for int8{_where(measured)}'
+    table = cells.pivot(index='name', columns='way', values='text').reindex(
+        index=cells['name'].drop_duplicates(), columns=[way for way in DEPLOYED.values() if way in set(cells['way'])])
+    table.insert(0, head, table.index)
+    return markdown(table, 'python benchmarks/speed/bench.py deploy')
+
+
+def _where(measured: pd.DataFrame) -> str:
+    """Say with how many threads rows were measured, and where, for the heading of a column."""
+    return '' if measured.empty else f', {threads_words(measured["threads"].max())} ({hardware(measured)})'
 
 
 @table

@@ -31,6 +31,7 @@ PARTS = {
     'sizes': 'image sizes in turn',
     'memory': 'peak memory, one process per case',
     'compile': 'eager against torch.compile',
+    'deploy': 'the runtimes that files are exported for, in fp32 and int8',
 }
 SHOWN = ['contestant', 'task', 'mode', 'size', 'batch', 'threads', 'median_ms', 'gmacs', 'gemm_share', 'peak_mib']
 

@@ -34,7 +34,9 @@ DTYPES = {
     'amp-bf16': torch.bfloat16,  # fp32 weights under autocast
     'amp-fp16': torch.float16,
 }
-MODES = ('eager', 'compile')
+RUNTIMES = ('onnxruntime', 'openvino', 'onnxruntime-int8', 'openvino-int8')  # run exported files
+MODES = ('eager', 'compile', *RUNTIMES)
+CALIBRATION = 8  # images
 
 
 def size_contestants(fit: bool) -> List[str]:
@@ -126,14 +128,21 @@ def _value(text: str) -> Any:
 
 def build_case(case: Case) -> Tuple[nn.Module, Callable]:
     """Create the model of a case; cases that differ in image size, batch or threads alone share it if they can."""
+    mode = 'eager' if case.mode in RUNTIMES else case.mode
+    return build(case.contestant, case.task, mode, _built_for(case), case.dtype, case.device)
+
+
+def _built_for(case: Case) -> Optional[Tuple[int, int]]:
     name = case.contestant.split()[0]
-    pixels = case.pixels if name in TAKES_IMG_SIZE or name.startswith('birder/') else None
-    return build(case.contestant, case.task, case.mode, pixels, case.dtype, case.device)
+    return case.pixels if name in TAKES_IMG_SIZE or name.startswith('birder/') else None
 
 
 def prepare(case: Case) -> Callable[[], Any]:
     """Return a function that runs a case once and returns its output."""
     model, forward = build_case(case)
+    if case.mode in RUNTIMES:
+        from runtimes import load
+        forward = load(case, _built_for(case))
     amp = case.dtype.startswith('amp')
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.batch, 3, *case.pixels, generator=generator)
@@ -180,7 +189,7 @@ def same_networks(cases: Sequence[Case]) -> Iterator[Tuple[Case, Case]]:
         if plain != case and plain in cases and case.task == 'logits':
             yield plain, case
         eager = replace(case, mode='eager')
-        if case.mode == 'compile' and eager in cases and case.task == 'logits':
+        if case.mode != 'eager' and eager in cases and case.task == 'logits':
             yield eager, case
 
 
@@ -204,6 +213,8 @@ class Plan:
         sets: Dict[Tuple, List[Case]] = {}
         for threads, size, batch, model, mode in itertools.product(
                 self.threads, self.sizes, self.batch, self.models, self.modes):
+            if mode in RUNTIMES and FORM in model:  # files are made of it as it is
+                continue
             case = Case(model, self.task, mode, size, batch, dtype, device, threads)
             keys = {'models': (threads, size, batch), 'sizes': (threads, model, mode, batch), 'none': ()}
             sets.setdefault(keys[self.turns], []).append(case)
@@ -224,5 +235,11 @@ PLANS = {
     ],
     'memory': [Plan([*OURS[:3], *LINEAR, SWIN, CONVNEXT], ['512', '800x1344', '1024', '2048'], task='features',
                     threads=(2,), turns='none')],
-    'compile': [Plan([SMALL, SMALL + FORM, SWIN], batch=(1, 8), modes=MODES, threads=(2,))],
+    'compile': [Plan([SMALL, SMALL + FORM, SWIN], batch=(1, 8), modes=('eager', 'compile'), threads=(2,))],
+    'deploy': [
+        Plan([TINY, SMALL, PP_SMALL, TINY + FORM, *FORMS[:2], SWIN, CONVNEXT], batch=(1, 8), threads=(2,),
+             modes=('eager', *RUNTIMES)),
+        Plan([PP_SMALL, PP_SMALL + FORM, SWIN, CONVNEXT], ['800x1344'], task='features', threads=(2,),
+             modes=('eager', 'onnxruntime', 'openvino')),
+    ],
 }

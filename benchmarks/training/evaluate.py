@@ -2,6 +2,7 @@
 
     python benchmarks/training/evaluate.py test_crossformer.cifar10 --data DIR
     python benchmarks/training/evaluate.py test_crossformer.cifar10 --data DIR --img-size 24 32 48 64 --groupings
+    python benchmarks/training/evaluate.py test_crossformer.cifar10 --data DIR --file fp32.onnx int8.onnx
 
 The model's own pre-processing is used, but for the image size. With --groupings every size is measured with each
 long-distance grouping, with and without `fit_groups`. Rows go to --csv; a plot over sizes to --plot.
@@ -31,7 +32,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('model', help='timm model name, with the tag of its weights')
     parser.add_argument('--data', required=True, help='folder of parquet files with columns image and label')
-    parser.add_argument('--file', help='an exported file of the model, with an open batch, to run in its place')
+    parser.add_argument('--file', nargs='+', help='exported files of the model, with an open batch, to run instead')
     parser.add_argument('--split', default='test')
     parser.add_argument('--dataset-name', default='CIFAR-10 (JPEG q75)', help='what to call the data in the CSV')
     parser.add_argument('--img-size', type=int, nargs='+', help="default: the model's own")
@@ -60,14 +61,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             row: Dict[str, Any] = dict(model=args.model, data=args.dataset_name, split=args.split, img_size=size)
             if grouping:
                 row.update(lda_grouping=grouping, fit_groups=fit)
-            run: Any = model
-            if args.file:
-                row.update(file=Path(args.file).name)
-                exported = load_exported(args.file)
-                run = lambda x: exported(x)[0]  # noqa: B023, E731  called before the loop goes on
-            row.update(images=len(labels), accuracy=round(accuracy(run, batch, labels), 2))
-            rows.append(row)
-            print(', '.join(f'{k} {v}' for k, v in row.items()), flush=True)
+            for file in args.file or [None]:
+                run: Any = model
+                found = dict(row)
+                if file:
+                    found.update(file=Path(file).name)
+                    exported = load_exported(file)
+                    run = lambda x: exported(x)[0]  # noqa: B023, E731  called before the loop goes on
+                found.update(images=len(labels), accuracy=round(accuracy(run, batch, labels), 2))
+                rows.append(found)
+                print(', '.join(f'{k} {v}' for k, v in found.items()), flush=True)
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, 'w', newline='') as file:

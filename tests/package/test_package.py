@@ -122,6 +122,26 @@ def test_the_command_runs_from_an_empty_environment(environment, wheel):
     run(UV, 'pip', 'check', '--python', environment / 'python', cwd=folder)
 
 
+def test_exported_files_run_where_this_package_is_not_installed(tmp_path):
+    """ONNX beside NumPy, Pillow and ONNX Runtime alone; torch.export beside PyTorch, in one that finds nothing else."""
+    export = [sys.executable, '-m', 'timm_crossformer', 'export', '--model', 'test_crossformer', '--pretrained']
+    for options in (['model.onnx'], ['model.pt2', '--format', 'torch']):
+        run(*export, *options, '--size', '64', cwd=tmp_path, PYTHONPATH=str(ROOT))
+    for name in ('deploy.py', 'photo.jpg'):
+        shutil.copy(ROOT / 'examples' / name, tmp_path)
+    run(UV, 'venv', '-q', '--python', PYTHON, tmp_path / 'venv', cwd=tmp_path)
+    python = tmp_path / 'venv' / 'bin' / 'python'
+    run(UV, 'pip', 'install', '-q', '--python', python, 'numpy', 'pillow', 'onnxruntime', cwd=tmp_path)
+    assert run(python, 'deploy.py', 'model.onnx', 'photo.jpg', cwd=tmp_path).split()[1] == 'cat'
+    (tmp_path / 'program.py').write_text(
+        'import sys; sys.modules.update(timm_crossformer=None, timm=None)\n'
+        'import torch; from deploy import json, prepare; from PIL import Image\n'
+        'about = json.load(open("model.pt2.json"))\n'
+        'x = torch.from_numpy(prepare(Image.open("photo.jpg").convert("RGB"), about["preprocessing"]))\n'
+        'print(about["labels"][torch.export.load("model.pt2").module()(x).argmax()])\n')
+    assert run(sys.executable, 'program.py', cwd=tmp_path) == 'cat\n'
+
+
 def test_the_tests_of_the_source_distribution_pass_on_the_wheel(environment, wheel, source):
     install(environment, f'{wheel}[test]')
     out = run(
