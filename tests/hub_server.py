@@ -28,10 +28,22 @@ class HubServer(LocalServer):
 
 def ask_here(monkeypatch, endpoint):
     """Have the client ask another address; before version 1, a module has the address of files by itself."""
+    _forget_sessions()
     template = endpoint + '/{repo_id}/resolve/{revision}/{filename}'
     monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', endpoint)
     monkeypatch.setattr(huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
     monkeypatch.setattr(huggingface_hub.file_download, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
+
+
+def go_offline(monkeypatch):
+    """Have the client ask nobody, as HF_HUB_OFFLINE=1 does at its import."""
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    _forget_sessions()
+
+
+def _forget_sessions():
+    """Before version 1, a session stays offline, or not, as it began."""
+    getattr(huggingface_hub.utils, 'reset_sessions', lambda: None)()
 
 
 class _Handler(QuietHandler):
@@ -59,6 +71,9 @@ class _Handler(QuietHandler):
         match = re.fullmatch(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', self.path)
         if self._refused():
             return
+        about = re.fullmatch(r'/api/models/([^/]+/[^/]+)/revision/main(\?expand=xetEnabled)?', self.path)
+        if about and about[1] in self.owner.repos:  # asked before version 1, ahead of a commit
+            return self._answer(200, {'id': about[1], 'sha': COMMIT, 'xetEnabled': False})
         if not match or match[1] not in self.owner.repos:
             return self._answer(404, {'error': 'Repository not found'}, X_Error_Code='RepoNotFound')
         body = self.owner.repos[match[1]].get(match[3])

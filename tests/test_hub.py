@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_server import HubServer, ask_here
+from hub_server import HubServer, ask_here, go_offline
 
 import timm_crossformer  # noqa: F401
 from timm_crossformer.checkpoints import hub
@@ -66,7 +66,7 @@ def test_fetches_into_an_empty_cache_and_works_offline_afterwards(hosted, direct
     assert torch.equal(outputs(timm.create_model(f'hf-hub:{REPO}', pretrained=True)), expected)
     assert sum('GET' in request and 'safetensors' in request for request in hosted.requests) == 1
     hosted.requests.clear()
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    go_offline(monkeypatch)
     assert torch.equal(outputs(timm.create_model(f'hf-hub:{REPO}', pretrained=True)), expected)
     assert not hosted.requests
 
@@ -196,7 +196,7 @@ def test_absent_weights_of_an_account_give_one_message(server, monkeypatch, tmp_
     if case == 'no-permission':
         server.token = 'hf_secret'
     elif case == 'offline':
-        monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+        go_offline(monkeypatch)
     elif case == 'unreachable':
         nowhere = 'http://127.0.0.1:9/{repo_id}/{revision}/{filename}'
         monkeypatch.setattr(huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', nowhere)
@@ -225,7 +225,7 @@ def test_an_account_is_used_offline_once_its_file_is_here(server, monkeypatch, t
     server.repos['someone/crossformer_tiny.in1k'] = {p.name: p.read_bytes() for p in (tmp_path / 'x').iterdir()}
     hub.hub_file('someone/crossformer_tiny.in1k', 'model.safetensors')
     server.requests.clear()
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    go_offline(monkeypatch)
     timm.create_model('crossformer_tiny', pretrained=True)
     assert not server.requests
 
@@ -240,7 +240,7 @@ def test_pytorch_bin_is_taken_where_there_is_no_safetensors(server, directory, t
     model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
     assert torch.equal(model.norm.weight, weights['norm.weight'])
     server.requests.clear()
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    go_offline(monkeypatch)
     model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
     assert torch.equal(model.norm.weight, weights['norm.weight']) and not server.requests
 

@@ -18,7 +18,7 @@ from timm.layers import (
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 
-from ._timm import checkpoint_seq, device_and_dtype, feature_take_indices, reset_head, update_model_input_size
+from ._timm import checkpoint_seq, device_and_dtype, feature_take_indices, update_model_input_size
 from .checkpoints.fitting import check_head, check_variant, convert_state_dict, is_foreign
 from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
 from .inference import check_form, inference_form, pack_convolutions
@@ -386,7 +386,7 @@ class CrossFormer(nn.Module):
         self.num_classes = num_classes
         dd = device_and_dtype(self)
         self.head.in_features = self.num_features  # smaller after pruning
-        reset_head(self.head, num_classes, global_pool, **dd)
+        self.head.reset(num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(

@@ -120,7 +120,7 @@ def saved(tmp_path_factory):
     model = timm.create_model('crossformer_tiny', num_classes=5, group_size=(4, 4, 7, 7)).eval()
     root = tmp_path_factory.mktemp('convert')
     torch.save(model.state_dict(), root / 'weights.pth')
-    convert_file(root / 'weights.pth', root / 'model', model='crossformer_tiny', group_size=(4, 4, 7, 7))
+    convert_file(root / 'weights.pth', root / 'model', model='crossformer_tiny', groups={'group_size': (4, 4, 7, 7)})
     return model, root / 'model'
 
 
