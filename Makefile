@@ -17,8 +17,9 @@ WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --durations 10 --durations-min 2
 QUICK := not slow and not clients and not network
 # What the versions of PyTorch, timm and the others decide: files whose quick tests run on every set of versions.
-CORE := $(addprefix tests/test_,model.py ops.py inference.py grouping.py golden.py timm_contract.py numbers.py \
-	precision.py reading.py hub.py imports.py weights.py)
+CORE := $(addprefix tests/,$(addsuffix .py,$(addprefix model/test_,model inference golden timm_contract numbers precision) \
+	ops/test_ops ops/test_grouping checkpoints/test_reading checkpoints/test_hub checkpoints/test_weights \
+	project/test_imports))
 
 .NOTPARALLEL:
 .PHONY: demo test test-all slow oldest conformance package clients quick check style bench gpu tables

@@ -105,14 +105,16 @@ def build(
         from birder.model_registry import registry
         model = registry.net_factory(name.partition('/')[2], 1000, size=pixels)
     else:
+        if contestant.endswith(FORM):  # of the same weights
+            model, _ = build(contestant.removesuffix(FORM), task, mode, pixels, dtype, device)
+            model = timm.utils.reparameterize_model(model.eval())
+            return model, model
         args = {key: _value(text) for key, _, text in (option.partition('=') for option in options)}
-        reparam = args.pop('reparam', False)
         if pixels is not None:
             args['img_size'] = pixels
         if task == 'features':
             args['features_only'] = True
         model = timm.create_model(name, **args)
-        model = timm.utils.reparameterize_model(model) if reparam else model
     if not dtype.startswith('amp'):
         model = model.to(DTYPES[dtype])
     model = model.to(device).train(task == 'train')

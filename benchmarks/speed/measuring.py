@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import timm
 import torch
-from cases import DTYPES, PADS_WINDOWS, Case, build_case, count_macs, prepare, same_networks
+from cases import DTYPES, FORM, PADS_WINDOWS, Case, build_case, count_macs, prepare, same_networks
 from torch import Tensor
 
 GEMM_SIDE = {'cpu': 2048, 'cuda': 8192}
@@ -48,7 +48,8 @@ def measure(
         raise ValueError('Cases that run in turn need one device, dtype and number of threads.')
     torch.set_num_threads(first.threads)
     for peer, ours in same_networks(cases):
-        build_case(ours)[0].load_state_dict(build_case(peer)[0].state_dict())
+        if not ours.contestant.endswith(FORM):  # which is made of the weights of the other
+            build_case(ours)[0].load_state_dict(build_case(peer)[0].state_dict())
     runs, macs = [], []
     for case in cases:
         progress(f'warm-up: {case.contestant} {case.size}')

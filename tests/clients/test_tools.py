@@ -16,7 +16,7 @@ pytestmark = [
 # ---- counters: multiplications in 10^9 of crossformer_small at 224 px
 
 PAPER = 4.91
-# The two products of attention, which a counter of modules leaves out, in Swin as well; one of operators does that knows
+# The two products of attention, which a counter of modules leaves out, in Swin as well, and one of operators that knows
 # PyTorch's alone. FlopCounterMode knows ours, and fvcore's tracer takes it apart.
 ATTENTION = .14
 

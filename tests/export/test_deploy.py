@@ -16,7 +16,7 @@ from timm_crossformer.export import export_model, export_program, verify_exporte
 from timm_crossformer.inference import InferenceAttention
 from timm_crossformer.precision import to_half, to_int8
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 onnx = pytest.importorskip('onnx')
 ort = pytest.importorskip('onnxruntime')

@@ -13,13 +13,13 @@ from timm_crossformer import export
 from timm_crossformer.checkpoints import reading, transfer
 from timm_crossformer.cli import build_parser, main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PAGES = {path: path.read_text(encoding='utf-8') for path in (
     *sorted(ROOT.glob('*.md')), *sorted(ROOT.glob('docs/*.md')),
     *(ROOT / name / 'README.md' for name in ('benchmarks', 'examples', 'weights')))}
 CODE = re.compile(r'```(\w*)\n(.*?)```', re.DOTALL)
-# Of docs/practice.md, tests/test_practice.py runs all.
+# Of docs/practice.md, tests/docs/test_practice.py runs all.
 READ = [ROOT / 'README.md', *sorted({*ROOT.glob('docs/*.md')} - {ROOT / 'docs' / 'practice.md'})]
 BLOCKS = [(path, *block) for path in READ for block in CODE.findall(PAGES[path])]
 COMMANDS = [(path, line) for path, kind, block in BLOCKS if kind == 'sh' for line in block.splitlines()]

@@ -34,7 +34,7 @@ from timm_crossformer.checkpoints.verifying import load_model, verify_directory
 from timm_crossformer.checkpoints.writing import convert_file
 from timm_crossformer.variants import VARIANTS
 
-GOLDEN = Path(__file__).parent / 'golden'
+GOLDEN = Path(__file__).parents[1] / 'golden'
 OFFICIAL_KEYS = json.loads((GOLDEN / 'official_keys.json').read_text())
 CASES = {case['id']: case for case in json.loads((GOLDEN / 'cases.json').read_text())}
 OFFICIAL = [name for name in VARIANTS if name not in ('crossformer_lucidrains', 'test_crossformer')]

@@ -12,7 +12,7 @@ import torch
 import versions
 
 NEWEST = dict(line.split('==') for line in versions.constraints('newest'))['torch']
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PHOTO = str(ROOT / 'examples' / 'photo.jpg')
 
 USES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / 'timm_crossformer'
+PACKAGE = Path(__file__).parents[2] / 'timm_crossformer'
 
 
 def rooms(root):

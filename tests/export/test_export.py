@@ -25,7 +25,7 @@ def shallow(**kwargs):
     return lively(timm.create_model('test_crossformer', depths=(2, 1, 3, 1), **kwargs))
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ONE_QUICK = pytest.mark.parametrize('grouping', [
     pytest.param(g, marks=[] if g == 'map' else [pytest.mark.slow]) for g in GROUPINGS])
 

@@ -254,7 +254,7 @@ def test_images_that_cannot_be_read_are_named(kind, capsys, converted, tmp_path)
     if kind == 'folder':
         path.mkdir()
     elif kind == 'truncated':
-        photo = (Path(__file__).parents[1] / 'examples' / 'photo.jpg').read_bytes()
+        photo = (Path(__file__).parents[2] / 'examples' / 'photo.jpg').read_bytes()
         path.write_bytes(photo[:len(photo) // 2])
     code, _, err = run(capsys, 'classify', path, '--weights', converted)
     assert code == cli.REFUSED and f'{path} cannot be read: ' in err
@@ -300,7 +300,7 @@ if __name__ == '__main__':
 def test_workers_of_a_script_have_the_models(method, tmp_path):
     (tmp_path / 'script.py').write_text(WORKERS)
     command = [sys.executable, '-m', 'timm_crossformer', 'exec', 'script.py', method]
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     out = subprocess.run(
         command, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=root), capture_output=True, text=True, timeout=600)
     assert out.stdout == "[(3, '__mp_main__')]\n", out.stderr
@@ -322,7 +322,7 @@ def test_a_terminated_command_leaves_nothing(start, source, tmp_path):
         '                print("ready", flush=True)\n'
         '                time.sleep(60)\n'
         'sys.meta_path.insert(0, Hang())\n')
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     command = [sys.executable, *start, 'export', 'x.onnx', '--model', 'test_crossformer']
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), root]))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=env) as process:

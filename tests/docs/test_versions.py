@@ -6,7 +6,7 @@ import pytest
 import readme
 import versions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = versions.read()['project']
 RUNS = versions.runs()
 

@@ -18,7 +18,7 @@ import train
 from PIL import Image
 from safetensors.torch import load_file
 
-BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 SCRIPT = BENCHMARKS / 'training' / 'train.py'
 SHORT = [
     'test_crossformer', '--epochs', '2', '--batch-size', '8', '--warmup-epochs', '1', '--threads', '1',

@@ -11,7 +11,7 @@ import timm
 import torch
 from timm.layers import use_fused_attn
 
-PAGE = (Path(__file__).parents[1] / 'docs' / 'practice.md').read_text()
+PAGE = (Path(__file__).parents[2] / 'docs' / 'practice.md').read_text()
 SECTIONS = {section.split('\n')[0]: re.findall(r'```python\n(.*?)```', section, re.DOTALL)
             for section in PAGE.split('\n## ')[1:]}
 CLIENTS = {'accelerate', 'peft', 'pytorch_grad_cam', 'torchao'}  # the others come with the extra `test`

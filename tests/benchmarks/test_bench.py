@@ -132,6 +132,15 @@ def test_exported_peers_are_the_eager_ones(small_gemm):
     measuring.measure([case, replace(case, mode='onnxruntime')], seconds=0, min_rounds=1)
 
 
+def test_the_inference_form_has_the_weights_of_the_plain_network(monkeypatch, small_gemm):
+    monkeypatch.setattr(cases, 'PEER_OF_SAME_NETWORK', {SAME: 'test_crossformer'})
+    some = [Case('test_crossformer'), Case('test_crossformer' + cases.FORM), Case(SAME)]
+    assert len(list(cases.same_networks(some))) == 2
+    with torch.no_grad():
+        cases.build_case(some[2])[0].head.fc.bias.add_(1.)
+    measuring.measure(some, seconds=0, min_rounds=1)
+
+
 def test_networks_that_should_be_equal_and_are_not_fail(monkeypatch, small_gemm):
     monkeypatch.setattr(cases, 'PEER_OF_SAME_NETWORK', {OTHER: 'test_crossformer'})
     with pytest.raises(WrongResult, match='same network'):

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -205,7 +206,7 @@ def test_the_kernel_serves_the_operator_in_the_interpreter():
         '    a, b = (values_and_gradients(lambda *x: grouped_attention(*x, backend=w), *case(name, dim=16))'
         ' for w in ("triton", "reference"))\n'
         '    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)\n')
-    env = {**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': os.path.dirname(__file__)}
+    env = {**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': os.pathsep.join(map(str, Path(__file__).parents[:2]))}
     subprocess.run([sys.executable, '-c', script], env=env, check=True)
 
 

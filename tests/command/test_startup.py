@@ -9,7 +9,7 @@ import pytest
 import timm_crossformer
 from timm_crossformer import cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SLOW = {'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'huggingface_hub', 'safetensors', 'einops', 'matplotlib'}
 COMMANDS = ['list', 'fetch', 'convert', 'verify', 'push', 'classify', 'features', 'attention', 'export', 'exec']
 
