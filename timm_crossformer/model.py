@@ -269,6 +269,11 @@ class CrossFormer(nn.Module):
         lda_sizes = sda_sizes
         if lda_group_size is not None:
             lda_sizes = resolve_group_size('lda_group_size', lda_group_size, self.depths)
+        held = tuple(len(cast(nn.ModuleList, stage.blocks)) for stage in self.stages)
+        if held != tuple(self.depths[:len(held)]):  # levels that nobody asked for are cut off
+            raise ValueError(
+                f'`depths` is {tuple(self.depths)}, and the stages hold {held} blocks: some were added or taken away. '
+                'Call `attn.set_groups` of each block.')
         for i, stage in enumerate(self.stages):
             for j, block in enumerate(cast(List[CrossFormerBlock], stage.blocks)):
                 size, grouping = (lda_sizes[i][j], lda_grouping) if j % 2 else (sda_sizes[i][j], 'sda')

@@ -255,6 +255,19 @@ def test_recorded_group_sizes_survive_json():
     assert torch.equal(model.eval()(x), again.eval()(x))
 
 
+@pytest.mark.parametrize('change', [lambda blocks: blocks.append(blocks[0]), lambda blocks: blocks.pop(1)])
+def test_groups_of_changed_stages_are_chosen_block_by_block(change):
+    model = small()
+    change(model.stages[0].blocks)
+    before = [block.attn.group_size for block in model.stages[0].blocks]
+    with pytest.raises(ValueError, match='some were added or taken away'):
+        model.set_input_size(group_size=3)
+    assert [block.attn.group_size for block in model.stages[0].blocks] == before
+    for block in model.stages[0].blocks:
+        block.attn.set_groups((3, 3), 1, 'sda', False)
+    assert model(torch.zeros(1, 3, 64, 64)).shape[0] == 1
+
+
 def test_fit_groups_changes_nothing_where_the_group_size_divides():
     model, x = small(group_size=4, interval=(4, 2, 1, 1)), noise(1, 3, 64, 64)
     expected = model(x)

@@ -1,6 +1,9 @@
 """What importing the package does, and who imports whom."""
 import ast
+import compileall
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +135,22 @@ assert registered() == before and torch.equal(old(image), new(image))
 """
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert not done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_compiled_files_serve_without_their_sources(tmp_path):
+    """As in a frozen application. Triton wants text, so PyTorch serves."""
+    copy = tmp_path / 'timm_crossformer'
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(PACKAGE.parent / 'weights', copy / 'weights')
+    assert compileall.compile_dir(copy, quiet=2, legacy=True)
+    for source in copy.rglob('*.py'):
+        source.unlink()
+    code = (
+        'import timm, torch, timm_crossformer as t; from timm_crossformer.ops import triton; '
+        'model = timm.create_model("test_crossformer", pretrained=True).eval(); '
+        'print(t.__file__, triton.is_installed(), model(torch.zeros(1, 3, 64, 64)).isfinite().all().item())')
+    done = subprocess.run(
+        [sys.executable, '-c', code], env=dict(os.environ, PYTHONPATH=str(tmp_path)), cwd=tmp_path,
+        capture_output=True, text=True)
+    assert done.stdout.split() == [str(copy / '__init__.pyc'), 'False', 'True'], done.stderr

@@ -20,12 +20,35 @@ summed up over groups in registers, written once, and folded into the table by a
 """
 from __future__ import annotations
 
+import inspect
 from typing import Any, Callable
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # no kernel is launched then
+    triton = None  # type: ignore[assignment]
+
+
+def divider_of(number: int) -> int:
+    """Return what turns the division of any n in [0, 2^31) by a number into a product and a shift, exactly.
+
+    With l = ceil(log2(number)), the quotient is n * factor >> (31 + l), where factor = 2^(31 + l) // number + 1 is
+    less than 2^32. The result is factor + 2^32 * (l + 1), of more than 32 bits for every number.
+    """
+    shift = (number - 1).bit_length()
+    return (shift + 1 << 32) + (1 << (31 + shift)) // number + 1
+
+
+def _has_source() -> bool:
+    try:
+        inspect.getsource(divider_of)
+    except OSError:
+        return False
+    return True
+
+
+if not _has_source():  # a frozen application; Triton compiles text
     triton = None  # type: ignore[assignment]
 
 _VARYING = (  # with the image: no kernel gains from being compiled anew because one of them is 1 or a multiple of 16
@@ -47,16 +70,6 @@ def _jit(function: Callable[..., Any]) -> Any:
 
 
 # ---- where tokens lie
-
-
-def divider_of(number: int) -> int:
-    """Return what turns the division of any n in [0, 2^31) by a number into a product and a shift, exactly.
-
-    With l = ceil(log2(number)), the quotient is n * factor >> (31 + l), where factor = 2^(31 + l) // number + 1 is
-    less than 2^32. The result is factor + 2^32 * (l + 1), of more than 32 bits for every number.
-    """
-    shift = (number - 1).bit_length()
-    return (shift + 1 << 32) + (1 << (31 + shift)) // number + 1
 
 
 @_jit
