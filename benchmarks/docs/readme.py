@@ -105,7 +105,7 @@ def speed(results: Path) -> str:
     measured = rows.latest(rows.pick(infer, size='224', task='logits'))
     threads = measured['threads'].max()
     measured = measured.assign(rate=1e3 * measured['batch'] / measured['median_ms']).set_index('contestant')
-    names = [name for name in [*OURS, *cases.PEERS] if name in measured.index]
+    names = [name for name in [*OURS, *cases.FORMS, *cases.PEERS] if name in measured.index]
     if not names:
         return markdown(pd.DataFrame(), 'python benchmarks/speed/bench.py infer')
     facts = measured[~measured.index.duplicated()].loc[names]
@@ -143,9 +143,16 @@ def speed_lines(results: Path) -> str:
     for peer, ours in cases.PEER_OF_SAME_NETWORK.items():
         ratio = rows.ratio(infer, {'contestant': peer}, {'contestant': ours})
         same += [f'{short(ours)} against {short(peer)} {ratio:.2f}×'] if ratio else []
+    rates = measured.assign(rate=1e3 * measured['batch'] / measured['median_ms'])
+    form = rates['contestant'].str.endswith(FORM)
+    forms = rates[form]
+    forms = forms.assign(contestant=forms['contestant'].str.removesuffix(FORM))
+    exported = rows.latest(rows.read(
+        results, 'deploy', mode='onnxruntime', size='224', batch=1, threads=first['threads'], **where))
     lines = {
-        f'Images per second at 224 px, batch {first["batch"]}': _few(
-            measured.assign(rate=1e3 * measured['batch'] / measured['median_ms']), 'rate', '{:.1f}'),
+        f'Images per second at 224 px, batch {first["batch"]}': _few(rates[~form], 'rate', '{:.1f}'),
+        'The same in the inference form': _few(forms, 'rate', '{:.1f}'),
+        'Milliseconds for one image of 224 px in ONNX Runtime': _few(exported, 'median_ms', '{:.0f}'),
         'Milliseconds for the pyramid of one image of 800x1344 px': _few(large, 'median_ms', '{:.0f}'),
         'Peak MiB of that, beyond weights and image': _few(peaks, 'peak_mib', '{:.0f}'),
         f'How much faster the same network is, batch {first["batch"]}': ', '.join(same),

@@ -3,9 +3,9 @@
     python benchmarks/speed/roofline.py     writes results/roofline.csv
 
 The model runs on fake CUDA tensors, which have shapes but no numbers. Each operator that reaches the dispatcher has
-FLOPs by torch's formulas, bytes (its arguments and results moved once), and a launch unless all its results have fewer
-than 20,000 numbers. It takes as long as the slowest of the three on a card with these figures: what an eager run would
-take that reached peak and bandwidth everywhere. A lower bound, then, and good for comparisons only.
+FLOPs by torch's formulas, bytes (its arguments and results moved once), and a launch. It takes as long as the slowest
+of the three on a card with these figures: what an eager run would take that reached peak and bandwidth everywhere. A
+lower bound, then, and good for comparisons only.
 """
 import itertools
 import sys
@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import pandas as pd
 import timm
 import torch
-from cases import CONVNEXT, DTYPES, OURS, SWIN, TAKES_IMG_SIZE, pixels_of
+from cases import CONVNEXT, DTYPES, FORM, FORMS, OURS, SWIN, TAKES_IMG_SIZE, pixels_of
 from operators import KINDS, OTHERS, kind_of
 from rows import RESULTS
 from torch import Tensor
@@ -32,8 +32,8 @@ CARDS = {
     'H100': {'bf16': 1979 / 2, 'fp32': 67, 'bandwidth': 3350},
 }
 LAUNCH = 5e-6  # seconds of an operator that does nothing, in eager mode; assumed, no data sheet has it
-FEW = 20_000
-MODELS = [*OURS[:3], SWIN, CONVNEXT]  # none calls PyTorch's fused attention, which fake tensors would take apart
+# None calls PyTorch's fused attention, which fake tensors would take apart.
+MODELS = [*OURS[:3], *FORMS[:2], SWIN, CONVNEXT]
 SHAPES = [('224', 1), ('224', 8), ('224', 128), ('800x1344', 1)]
 
 
@@ -53,8 +53,7 @@ class Operators(TorchDispatchMode):
         formula = flop_registry.get(func.overloadpacket)
         flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
         moved = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in (*given, *results))
-        launches = int(max(x.numel() for x in results) >= FEW)
-        self.notes.append((kind_of(str(func).replace('.', '::', 1)), flops, moved, launches))
+        self.notes.append((kind_of(str(func).replace('.', '::', 1)), flops, moved, 1))
         return out
 
 
@@ -69,7 +68,9 @@ def count(model: str, size: str, batch: int, dtype: str) -> pd.DataFrame:
     """
     pixels = pixels_of(size)
     sized = {'img_size': pixels} if model in TAKES_IMG_SIZE else {}
-    network = timm.create_model(model, device='meta', **sized).eval()
+    network: Any = timm.create_model(model.removesuffix(FORM), device='meta', **sized).eval()
+    if model.endswith(FORM):
+        network = timm.utils.reparameterize_model(network)
     with FakeTensorMode(), torch.no_grad():
         network._apply(lambda x: torch.empty(
             x.shape, dtype=DTYPES[dtype] if x.is_floating_point() else x.dtype, device='cuda'))

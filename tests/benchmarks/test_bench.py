@@ -324,13 +324,15 @@ def test_products_inside_the_operator_are_attention():
 
 @fakes_cuda
 def test_the_roofline_counts_what_a_card_would_run():
-    found = roofline.count('crossformer_small', '224', 1, 'bf16')
+    found = roofline.count('crossformer_small' + cases.FORM, '224', 1, 'bf16')
     assert found['flops'].sum() / 2e9 == pytest.approx(4.91, rel=.03)
     kinds = found.groupby('kind').sum()
     assert kinds['launches']['attention'] == 12  # blocks
-    assert kinds['launches']['linear layers'] == 48
-    assert kinds['launches']['norms'] == 24 + 1 + 3 + 1  # blocks, stem, between stages, head
+    assert kinds['launches']['linear layers'] == 48 + 1  # head
+    assert kinds['launches']['norms'] == 24 + 1 + 3 + 2  # blocks, stem, between stages, norm and mean before the head
     assert 120 < found['launches'].sum() < 165
+    plain = roofline.count('crossformer_small', '224', 1, 'bf16')['launches'].sum()
+    assert plain > found['launches'].sum() + 12 * 10  # the MLPs of position biases
     weights = 2 * 30.66e6
     assert weights < found['bytes'].sum() < 4 * weights
     swin = roofline.count(cases.SWIN, '224', 1, 'bf16').groupby('kind').sum()

@@ -89,11 +89,12 @@ def test_tables_hold_the_results(made_up, name, holds):
 
 
 def test_five_networks_stand_in_lines(made_up):
-    rates, times, peaks, same, last = readme.speed_lines(made_up).splitlines()
+    rates, forms, exported, times, peaks, same, last = readme.speed_lines(made_up).splitlines()
     names = ['crossformer_tiny', 'crossformer_small', 'crossformer_pp_small', 'swin_tiny', 'convnext_tiny']
-    for line in (rates, times, peaks):
+    for line in (rates, exported, times, peaks):
         assert re.findall(r'[a-z]\w+(?= [\d.]+[,;.])', line.partition(': ')[2]) == names
     assert rates.startswith('- Images per second at 224 px, batch 8: crossformer_tiny ')
+    assert re.findall(r'[a-z]\w+(?= [\d.]+[,;.])', forms.partition(': ')[2]) == names[1:3]
     assert peaks.endswith(': ' + ', '.join(f'{name} 1075' for name in names).replace(', swin', '; swin') + '.')
     assert re.search(r'batch 8: crossformer_small against birder crossformer_s \d\.\d\d×, crossformer_lucidrains', same)
     assert last == '- All in fp32, by 2 threads, on an abacus, torch 9.9.'
