@@ -33,7 +33,9 @@ class NextStep(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in self.encoder.feature_info.channels())
         self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in self.lateral)
         patch = self.encoder.feature_info.reduction()[0]
-        self.head = nn.Sequential(nn.GELU(), nn.Conv2d(width, channels * patch ** 2, 1), nn.PixelShuffle(patch))
+        self.spread = nn.Sequential(nn.GELU(), nn.Conv2d(width, 16 * patch ** 2, 1), nn.PixelShuffle(patch), nn.GELU())
+        self.head = nn.Conv2d(16 + channels, channels, 3, padding=1)
+        nn.init.zeros_(self.head.weight)  # nothing changes, to begin with
 
     def forward(self, x: Tensor) -> Tensor:
         """Take [B, channels, latitude, longitude] to the next step; any grid, whose sides need not divide by anything.
@@ -49,7 +51,8 @@ class NextStep(nn.Module):
                 joined = F.interpolate(joined, size=level.shape[2:], mode='nearest')
             joined = joined + lateral(level)
             joined = joined + smooth(F.gelu(joined))
-        return x + self.head(joined)[:, :, :height, SEAM:SEAM + width]
+        fine = self.spread(joined)[:, :, :height, :width + 2 * SEAM]
+        return x + self.head(torch.cat([fine, wide], 1))[..., SEAM:SEAM + width]
 
 
 def make(count: int, generator: torch.Generator) -> Tuple[Tensor, Tensor]:
@@ -76,7 +79,7 @@ def main() -> None:
     """Train, compare with persistence, and draw."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--output', type=Path, default=Path('outputs/weather'))
-    parser.add_argument('--steps', type=int, default=400)
+    parser.add_argument('--steps', type=int, default=120)
     parser.add_argument('--batch', type=int, default=8)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -92,7 +95,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == args.steps - 1:
+        if step % 20 == 0 or step == args.steps - 1:
             print(f'step {step}: error {loss.sqrt():.4f}', flush=True)
     model.eval()
     with torch.inference_mode():

@@ -2,7 +2,7 @@
 
 Triton decides at its import whether kernels are interpreted, so that needs a process of its own:
 
-    TRITON_INTERPRET=1 python tests/triton_cases.py
+    TRITON_INTERPRET=1 python tests/ops/triton_cases.py
 """
 import json
 import random
