@@ -35,7 +35,8 @@ class NextStep(nn.Module):
         patch = self.encoder.feature_info.reduction()[0]
         self.spread = nn.Sequential(nn.GELU(), nn.Conv2d(width, 16 * patch ** 2, 1), nn.PixelShuffle(patch), nn.GELU())
         self.head = nn.Conv2d(16 + channels, channels, 3, padding=1)
-        nn.init.zeros_(self.head.weight)  # nothing changes, to begin with
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)  # nothing changes, to begin with
 
     def forward(self, x: Tensor) -> Tensor:
         """Take [B, channels, latitude, longitude] to the next step; any grid, whose sides need not divide by anything.
