@@ -121,8 +121,9 @@ def draw(state: Tensor, following: Tensor, found: Tensor, path: Path) -> None:
             'state': state[channel], 'what changes in a step': change,
             'what the network says': found[channel] - state[channel]}
         for ax, (title, values) in zip(line, pictures.items(), strict=True):
-            top = (state if title == 'state' else change).abs().max()
-            ax.imshow(values, cmap='RdBu', vmin=-top, vmax=top, extent=(0, 360, -90, 90), aspect='auto')
+            top = float((state if title == 'state' else change).abs().max())
+            ax.imshow(
+                values.numpy(), cmap='RdBu', vmin=-top, vmax=top, extent=(0, 360, -90, 90), aspect='auto')
             ax.set_title(f'channel {channel}: {title}', fontsize=9)
             ax.set(xlabel='longitude', ylabel='latitude')
             ax.label_outer()
