@@ -3,6 +3,7 @@
 One graph for every batch and, from 33 px up, every image size; or one for a size, of constants and few operators.
 """
 import importlib
+import io
 import json
 import math
 import re
@@ -133,7 +134,9 @@ def export_model(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.export-') as folder:
         target = Path(folder) / path.name
         if format == 'torch':
-            torch.export.save(program, target)
+            archive = io.BytesIO()  # PyTorch's own writer ends the process where a disk is full
+            torch.export.save(program, archive)
+            target.write_bytes(archive.getbuffer())
         else:
             onnx_path = target.with_suffix('.onnx')
             _save_onnx(program, onnx_path, _output_names(model))
@@ -146,7 +149,10 @@ def export_model(
                 full.unlink()
             if format == 'openvino':
                 openvino = importlib.import_module('openvino')
-                openvino.save_model(openvino.convert_model(onnx_path), target, compress_to_fp16=False)
+                try:
+                    openvino.save_model(openvino.convert_model(onnx_path), target, compress_to_fp16=False)
+                except RuntimeError as e:  # a full disk, too
+                    raise OSError(f'OpenVINO could not write {path}: {e}') from e
                 onnx_path.unlink()
         side = size if dynamic is not True else None
         text = json.dumps(describe_input(model, side), indent=2)

@@ -197,3 +197,19 @@ def test_inductor():
     compiled = torch.compile(model, fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='limits of files are signals elsewhere')
+@pytest.mark.parametrize('name, format', [('m.onnx', 'onnx'), ('m.pt2', 'torch'), ('m.xml', 'openvino')])
+def test_a_file_that_cannot_be_written_is_one_line(name, format, tmp_path):
+    code = (
+        'import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import torch; '
+        'from timm_crossformer.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); '
+        f'sys.exit(main(["export", "out/{name}", "--model=test_crossformer", "--size=64", "--format={format}"]))')
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 1, done.stderr
+    assert 'Traceback' not in done.stderr and done.stderr.splitlines()[-1].startswith('timm-crossformer: '), done.stderr
+    assert [path for path in (tmp_path / 'out').rglob('*') if path.is_file()] == []
