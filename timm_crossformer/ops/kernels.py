@@ -21,12 +21,15 @@ summed up over groups in registers, written once, and folded into the table by a
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any, Callable
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no kernel is launched then
+
+    inspect.getsource(sys.modules[__name__])  # Triton compiles text, which a frozen application does not hold
+except (ImportError, OSError):  # no kernel is launched then
     triton = None  # type: ignore[assignment]
 
 
@@ -39,17 +42,6 @@ def divider_of(number: int) -> int:
     shift = (number - 1).bit_length()
     return (shift + 1 << 32) + (1 << (31 + shift)) // number + 1
 
-
-def _has_source() -> bool:
-    try:
-        inspect.getsource(divider_of)
-    except OSError:
-        return False
-    return True
-
-
-if not _has_source():  # a frozen application; Triton compiles text
-    triton = None  # type: ignore[assignment]
 
 _VARYING = (  # with the image: no kernel gains from being compiled anew because one of them is 1 or a multiple of 16
     'heads', 'height', 'width', 'size_h', 'size_w', 'interval_h', 'interval_w', 'groups_h', 'groups_w',
