@@ -261,7 +261,6 @@ def deployed(results: Path) -> str:
     body = []
     for row in measured.itertuples():
         where = {'size': row.size, 'batch': row.batch, 'task': row.task}
-        # The form of Swin is its eager model.
         ratio = rows.ratio(everything, {**where, 'contestant': row.contestant, 'mode': row.mode},
                            {**where, 'contestant': SWIN, 'mode': row.mode}, per='macs')
         case = f'{row.size} px, batch {row.batch}'
