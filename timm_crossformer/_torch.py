@@ -28,6 +28,11 @@ def is_compiled() -> bool:
     return torch.compiler.is_compiling()
 
 
+def computed_once(x: Tensor) -> Tensor:
+    """Return x; in a graph of `torch.compile`, as a tensor in memory, not as a formula in every loop that reads it."""
+    return x.as_strided(x.shape, x.stride()) if is_compiled() and not is_exported() else x
+
+
 @torch.jit.unused
 def is_graph() -> bool:
     """Return whether a graph is made of this call: traced, exported or compiled."""

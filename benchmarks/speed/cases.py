@@ -35,7 +35,7 @@ DTYPES = {
     'amp-fp16': torch.float16,
 }
 RUNTIMES = ('onnxruntime', 'openvino', 'onnxruntime-int8', 'openvino-int8')  # run exported files
-MODES = ('eager', 'compile', *RUNTIMES)
+MODES = ('eager', 'compile', 'compile-frozen', *RUNTIMES)
 CALIBRATION = 8  # images
 
 
@@ -94,6 +94,15 @@ def build(
     if mode == 'compile':  # of the same weights in the same memory: copies differ by 3% in time
         model, forward = build(contestant, task, 'eager', pixels, dtype, device)
         return model, torch.compile(forward)
+    if mode == 'compile-frozen':  # weights are constants that Inductor packs, as with TORCHINDUCTOR_FREEZING=1
+        model, forward = build(contestant, task, 'eager', pixels, dtype, device)
+        compiled = torch.compile(forward, options={'freezing': True})  # another entry of Dynamo's cache
+
+        def frozen(x: torch.Tensor) -> Any:
+            with torch._inductor.config.patch(freezing=True):  # asked by Dynamo, too
+                return compiled(x)
+
+        return model, frozen
     torch.manual_seed(0)
     name, *options = contestant.split()
     if name == VIT_PYTORCH:
@@ -237,7 +246,8 @@ PLANS = {
     ],
     'memory': [Plan([*OURS[:3], *LINEAR, SWIN, CONVNEXT], ['512', '800x1344', '1024', '2048'], task='features',
                     threads=(2,), turns='none')],
-    'compile': [Plan([SMALL, SMALL + FORM, SWIN], batch=(1, 8), modes=('eager', 'compile'), threads=(2,))],
+    'compile': [Plan([SMALL, SMALL + FORM, SWIN], batch=(1, 8), threads=(2,),
+                     modes=('eager', 'compile', 'compile-frozen'))],
     'deploy': [
         Plan([TINY, SMALL, PP_SMALL, TINY + FORM, *FORMS[:2], SWIN, CONVNEXT], batch=(1, 8), threads=(2,),
              modes=('eager', *RUNTIMES)),

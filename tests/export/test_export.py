@@ -10,10 +10,12 @@ import pytest
 import timm
 import torch
 from common import GROUPINGS, lively, noise, small
+from torch._inductor.utils import run_and_get_code
 
 import timm_crossformer
 from timm_crossformer import export
 from timm_crossformer.export import export_model, export_program, load_exported, verify_exported
+from timm_crossformer.layers import CrossFormerBlock
 
 # What exporters and runtimes say of themselves and of each other.
 pytestmark = [pytest.mark.filterwarnings(f'ignore::{name}') for name in (
@@ -188,6 +190,27 @@ def test_ways_of_compiling(args):
         for h, w in ((37, 29), (64, 48)):
             x = noise(2, 3, h, w)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_biases_are_looked_up_once():
+    """Inside the loops over all groups, the lookup would be most of the time of attention."""
+    model, compiled = _small_and_compiled()
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(compiled, noise(2, 3, 24, 24))  # maps of 6 x 6: all groups of 3 x 3 are full
+    lookups = [line for line in code.splitlines() if 'std::min(' in line and 'std::max(' in line and 'in_ptr' in line]
+    assert len(lookups) == sum(isinstance(module, CrossFormerBlock) for module in model.modules())
+
+
+@pytest.mark.slow
+def test_compiled_with_frozen_weights():
+    model, compiled = _small_and_compiled()
+    form = torch.compile(timm.utils.reparameterize_model(model))
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        for h, w in ((24, 24), (37, 29)):
+            x = noise(2, 3, h, w)
+            for net in (compiled, form):
+                torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch import is_known
+from .._torch import computed_once, is_known
 from .grouping import Layout
 from .reference import NEVER, pair_bias
 
@@ -24,7 +24,7 @@ def grouped_attention(qkv: Tensor, table: Tensor, num_heads: int, rows: Layout, 
     """Attend inside the groups of a map of known height and width; see `ops.grouped_attention`."""
     H, W = qkv.shape[1:3]
     q, k, v = (group(x, num_heads, rows, cols) for x in pad(qkv, rows, cols).chunk(3, -1))
-    bias = pair_bias(table, rows[1], cols[1]).to(q.dtype)
+    bias = computed_once(pair_bias(table, rows[1], cols[1]).to(q.dtype))
     x = ungroup(attend(q * q.shape[-1] ** -0.5, k, v, bias, padding(H, W, rows, cols, qkv)), rows, cols)
     return x[:, :H, :W]
 
