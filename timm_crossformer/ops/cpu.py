@@ -56,7 +56,9 @@ def write_heads(groups: Tensor, x: Tensor) -> None:
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attend within groups: q, k and v [groups, heads, N, head_dim], bias [heads or 1, N, N]."""
     if not torch.jit.is_scripting() and _suits_products(q):
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
+        scores = bias.repeat(q.shape[0] * q.shape[1] // len(bias), 1, 1)  # products add to them, a pass less
+        scores.baddbmm_(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        return (scores.softmax(dim=-1) @ v.flatten(0, 1)).view(q.shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
 
 
@@ -69,19 +71,19 @@ def _attend_in_tiles(
         q: Tensor, k: Tensor, v: Tensor, table: Tensor, gh: int, gw: int, pairs: int = _TILE) -> Tensor:
     """Attend within large groups a few rows of queries at a time, with biases as a view of the table of offsets."""
     dtype, N = q.dtype, gh * gw
-    q, k, v = promote(q), promote(k).transpose(2, 3), promote(v)
-    scale = q.shape[3] ** -0.5
-    biases = bias_windows(table, gh, gw).expand(q.shape[1], -1, -1, -1, -1).to(q.dtype)
+    q, k, v = promote(q), promote(k).flip([2]).transpose(2, 3), promote(v).flip([2])  # keys as biases have them
+    q = q * q.shape[3] ** -0.5
+    biases = bias_windows(table.to(q.dtype), gh, gw).expand(q.shape[1], -1, -1, -1, -1)
     x = torch.empty_like(q)
-    rows = max(1, pairs // (gw * N))
+    tiles = (N * N + pairs - 1) // pairs
+    rows = (gh + tiles - 1) // tiles
     for group in range(q.shape[0]):
         for head in range(q.shape[1]):
             for first in range(0, gh, rows):
-                last = min(first + rows, gh)
-                tile = slice(N - last * gw, N - first * gw)  # biases have the queries in reverse order
-                scores = (q[group, head, tile].flip([0]) * scale) @ k[group, head]
-                scores.view(last - first, gw, gh, gw).add_(biases[head, first:last])
-                x[group, head, tile] = (scores.softmax(dim=-1) @ v[group, head]).flip([0])
+                tile = slice(first * gw, min(first + rows, gh) * gw)
+                scores = q[group, head, tile] @ k[group, head]
+                scores.view(-1, gw, gh, gw).add_(biases[head, first:first + rows])
+                x[group, head, tile] = scores.softmax(dim=-1) @ v[group, head]
     return x.to(dtype)
 
 
@@ -91,7 +93,7 @@ def promote(x: Tensor) -> Tensor:
 
 
 def bias_windows(table: Tensor, height: int, width: int) -> Tensor:
-    """View a table of offsets as biases of pairs of tokens, the queries in reverse order.
+    """View a table of offsets as biases of pairs of tokens, the keys in reverse order.
 
     Args:
         table: Biases [heads, 2 * TH - 1, 2 * TW - 1] for groups of at least height x width tokens.
@@ -99,19 +101,19 @@ def bias_windows(table: Tensor, height: int, width: int) -> Tensor:
         width: Columns of the group.
 
     Returns:
-        View [heads, query rows, query columns, key rows, key columns], the queries of both axes from last to first.
+        View [heads, query rows, query columns, key rows, key columns], the keys of both axes from last to first.
     """
     top, left = (table.shape[1] + 1) // 2 - height, (table.shape[2] + 1) // 2 - width
-    # Key row k of query row r has table row height - 1 + r - k. Turned round, that is height - 1 - r + k: a window for
-    # each query, read forwards.
-    table = table[:, top:top + 2 * height - 1, left:left + 2 * width - 1].flip([1, 2])
+    # Key row k of query row r has table row height - 1 + r - k. With k counted from the last, that is r + k: a window
+    # for each query.
+    table = table[:, top:top + 2 * height - 1, left:left + 2 * width - 1]
     return table.unfold(1, height, 1).unfold(2, width, 1)
 
 
 def expand_bias(table: Tensor, height: int, width: int) -> Tensor:
     """Spread a table of offsets over pairs of tokens: [heads, height * width, height * width]; see `bias_windows`."""
     N = height * width
-    return bias_windows(table, height, width).flip([1, 2]).reshape(table.shape[0], N, N)
+    return bias_windows(table, height, width).flip([3, 4]).reshape(table.shape[0], N, N)
 
 
 def backward(
@@ -135,7 +137,7 @@ def backward(
             pairs = num_heads * gw * gh * gw  # of one row of queries
             step, band = max(1, _TILE // (pairs * gh)), max(1, _TILE // pairs)
             dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-            biases = bias_windows(table, gh, gw).flip([1, 2]).to(q.dtype)
+            biases = bias_windows(table, gh, gw).flip([3, 4]).to(q.dtype)
             for first in range(0, gh, band):
                 last = min(first + band, gh)
                 place = slice(first * gw, last * gw)
