@@ -228,20 +228,26 @@ def _by_size(body: List[List[str]], names: Sequence[str], head: str, command: st
 
 @table
 def compiled(results: Path) -> str:
-    """torch.compile against eager."""
+    """torch.compile against eager; in parentheses, the time per multiply-add over that of Swin compiled alike."""
     measured = rows.read(results, 'compile')
+    ways = {'compile': 'torch.compile', 'compile-frozen': 'with frozen weights'}
     body = []
-    for row in rows.pick(rows.latest(measured), mode='compile').itertuples():
-        where = {name: getattr(row, name) for name in ('contestant', 'size', 'batch', 'threads', 'task')}
-        ratio = rows.ratio(measured, where, {**where, 'mode': 'compile'})
-        body.append([short(row.contestant), row.size, row.batch, row.threads, *_faster(ratio)])
-    head = ['model', 'px', 'batch', 'threads', 'faster than eager']
+    for row in rows.pick(rows.latest(measured), mode='eager').itertuples():
+        where = {name: getattr(row, name) for name in ('size', 'batch', 'threads', 'task')}
+        cells = []
+        for mode in ways:
+            ours = {**where, 'contestant': row.contestant, 'mode': mode}
+            faster = rows.ratio(measured, {**ours, 'mode': 'eager'}, ours)
+            per_mac = rows.ratio(measured, ours, {**ours, 'contestant': SWIN}, per='macs')
+            cells.append(f'{faster:.2f}× ({per_mac:.2f})' if faster and per_mac else '')
+        body.append([short(row.contestant), row.size, row.batch, row.threads, *cells])
+    head = ['faster than eager', 'px', 'batch', 'threads', *ways.values()]
     return markdown(pd.DataFrame(body, columns=head), 'python benchmarks/speed/bench.py compile')
 
 
 DEPLOYED = {
-    'eager': 'PyTorch', 'form': 'inference form', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO',
-    'onnxruntime-int8': 'ONNX Runtime, int8', 'openvino-int8': 'OpenVINO, int8'}
+    'eager': 'PyTorch', 'form': 'inference form', 'compile-frozen': 'torch.compile', 'onnxruntime': 'ONNX Runtime',
+    'openvino': 'OpenVINO', 'onnxruntime-int8': 'ONNX Runtime, int8', 'openvino-int8': 'OpenVINO, int8'}
 
 
 def deployment(results: Path) -> pd.DataFrame:

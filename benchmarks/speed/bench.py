@@ -21,6 +21,7 @@ import roofline
 import rows
 import targets
 import timm
+import torch
 from cases import DTYPES, MODES, PLANS, Case, build, build_case, count_macs
 from measuring import Row, measure, measure_memory
 from tqdm import tqdm
@@ -49,6 +50,7 @@ def run_part(what: str, args: argparse.Namespace) -> List[Row]:
     found: List[Row] = []
     with tqdm(total=sum(map(len, sets)), unit='case', desc=what, disable=None) as bar:
         for cases in sets:
+            torch._dynamo.reset()  # after another batch or size it would compile for all of them
             if what == 'memory':
                 new = []
                 for case in cases:

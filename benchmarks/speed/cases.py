@@ -209,6 +209,7 @@ class Plan:
     """Cases of one part.
 
     turns: 'models', all models and modes take turns; 'sizes', all sizes of one model; 'none', all cases are one run.
+    form_modes: Those of the inference form. Files are made of it as it is.
     """
 
     models: Sequence[str]
@@ -218,13 +219,14 @@ class Plan:
     modes: Sequence[str] = ('eager',)
     threads: Sequence[int] = (1, 2)
     turns: str = 'models'
+    form_modes: Sequence[str] = ('eager', 'compile', 'compile-frozen')
 
     def sets(self, dtype: str = 'fp32', device: str = 'cpu') -> List[List[Case]]:
         """Return the cases, in sets that take turns."""
         sets: Dict[Tuple, List[Case]] = {}
         for threads, size, batch, model, mode in itertools.product(
                 self.threads, self.sizes, self.batch, self.models, self.modes):
-            if mode in RUNTIMES and FORM in model:  # files are made of it as it is
+            if FORM in model and mode not in self.form_modes:
                 continue
             case = Case(model, self.task, mode, size, batch, dtype, device, threads)
             keys = {'models': (threads, size, batch), 'sizes': (threads, model, mode, batch), 'none': ()}
@@ -250,8 +252,8 @@ PLANS = {
                      modes=('eager', 'compile', 'compile-frozen'))],
     'deploy': [
         Plan([TINY, SMALL, PP_SMALL, TINY + FORM, *FORMS[:2], SWIN, CONVNEXT], batch=(1, 8), threads=(2,),
-             modes=('eager', *RUNTIMES)),
+             modes=('eager', 'compile-frozen', *RUNTIMES), form_modes=('eager',)),
         Plan([PP_SMALL, PP_SMALL + FORM, SWIN, CONVNEXT], ['800x1344'], task='features', threads=(2,),
-             modes=('eager', 'onnxruntime', 'openvino')),
+             modes=('eager', 'onnxruntime', 'openvino'), form_modes=('eager',)),
     ],
 }

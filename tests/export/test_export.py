@@ -214,6 +214,21 @@ def test_compiled_with_frozen_weights():
 
 
 @pytest.mark.slow
+def test_blocks_compiled_one_by_one_stay_below_the_limit_that_docs_name():
+    model = lively(timm.create_model(
+        'test_crossformer', num_classes=10, depths=(2, 2, 6, 2), embed_dim=16, num_heads=(1, 2, 2, 4),
+        interval=(4, 2, 2, 1), group_size=3, cooling=True))
+    x = noise(2, 3, 96, 96)
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=16, fail_on_recompile_limit_hit=True):
+        expected = model(x)
+        for module in model.modules():
+            if isinstance(module, CrossFormerBlock):
+                module.compile(backend='eager', fullgraph=True)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_inductor():
     model, x = shallow(num_classes=10), noise(2, 3, 72, 50)
     torch._dynamo.reset()
