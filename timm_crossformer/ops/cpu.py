@@ -137,7 +137,7 @@ def backward(
             pairs = num_heads * gw * gh * gw  # of one row of queries
             step, band = max(1, _TILE // (pairs * gh)), max(1, _TILE // pairs)
             dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-            biases = bias_windows(table, gh, gw).flip([3, 4]).to(q.dtype)
+            biases = bias_windows(table.to(q.dtype), gh, gw).flip([3, 4])
             for first in range(0, gh, band):
                 last = min(first + band, gh)
                 place = slice(first * gw, last * gw)
