@@ -107,7 +107,7 @@ def deployed(results: Path) -> Optional[Figure]:
         axes.grid(axis='x', visible=False)
         axes.set(ylabel='ms per image')
         axes.set_title(f'224 px, batch {batch}, {threads_words(panel["threads"].max())}\n{hardware(panel)}', fontsize=9)
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=6, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8)
     return figure
 
 
