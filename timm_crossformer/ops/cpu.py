@@ -57,7 +57,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attend within groups: q, k and v [groups, heads, N, head_dim], bias [heads or 1, N, N]."""
     if not torch.jit.is_scripting() and _suits_products(q):
         scores = bias.repeat(q.shape[0] * q.shape[1] // len(bias), 1, 1)  # products add to them, a pass less
-        scores.baddbmm_(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        keys = k.flatten(0, 1).transpose(1, 2)
+        torch.baddbmm(scores, q.flatten(0, 1), keys, alpha=q.shape[-1] ** -0.5, out=scores)  # PyTorch counts this name
         return (scores.softmax(dim=-1) @ v.flatten(0, 1)).view(q.shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
 
