@@ -255,7 +255,7 @@ PLANS = {
     'deploy': [
         Plan([TINY, SMALL, PP_SMALL, TINY + FORM, *FORMS[:2], SWIN, CONVNEXT], batch=(1, 8), threads=(2,),
              modes=('eager', 'compile-frozen', *RUNTIMES), form_modes=('eager',)),
-        Plan([PP_SMALL, PP_SMALL + FORM, SWIN, CONVNEXT], ['800x1344'], task='features', threads=(2,),
+        Plan([SMALL, PP_SMALL, *FORMS[:2], SWIN, CONVNEXT], ['800x1344'], task='features', threads=(2,),
              modes=('eager', 'onnxruntime', 'openvino'), form_modes=('eager',)),
     ],
 }
