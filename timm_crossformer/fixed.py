@@ -3,16 +3,14 @@
 Everything that depends on the size alone is a constant: the groups, the bias of every pair of their members, the mask
 of members that do not exist. Blocks that the inference form leaves alone stay as they are here, too.
 """
-from contextlib import ExitStack
-from typing import Dict, Optional, Set, Tuple
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from ._modes import evaluating
-from .inference import InferenceAttention, InferenceBlock
+from .inference import InferenceAttention, map_sizes
 from .ops import reshape
 from .ops.reference import pair_bias
 
@@ -25,15 +23,7 @@ def fix(model: nn.Module, image: Tensor) -> nn.Module:
         image: Any image [1, C, H, W] of that size.
     """
     fast = reparameterize_model(model).eval()
-    sizes: Dict[InferenceBlock, Set[Tuple[int, int]]] = {}
-    with ExitStack() as stack, evaluating(fast), torch.no_grad():
-        for block in fast.modules():
-            if isinstance(block, InferenceBlock):
-                handle = block.register_forward_pre_hook(
-                    lambda block, args: sizes.setdefault(block, set()).add(tuple(args[0].shape[1:3])))
-                stack.callback(handle.remove)
-        fast(image)
-    for block, seen in sizes.items():
+    for block, seen in map_sizes(fast, image).items():
         if len(seen) == 1:  # else it is called on maps of several sizes
             setattr(block, 'attn', FixedAttention(block.attn, *seen.pop()))  # noqa: B010  another type
     to_map = getattr(fast, 'to_map', None)

@@ -4,7 +4,7 @@ Every shortcut past a layer lives here, in modules of other names and classes. W
 when the form is made: a block with anything in it that we do not know stays as it is, and every layer of it is called.
 """
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, cast
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from .layers.position_bias import group_offsets
 from .ops import packing
 from .ops.grouping import Layout, map_layout
 from .ops.operator import attend_groups
-from .ops.reference import opaque
 
 for name in ('attend_groups', 'map_layout', 'group_offsets'):  # one node each to a tracer, as in the layers
     torch.fx.wrap(name)
@@ -82,16 +81,26 @@ def reparameterize(
     fast = fast.to(device) if device is not None else fast
     if img_size is not None:
         height, width = img_size if isinstance(img_size, (list, tuple)) else (img_size, img_size)
-        with ExitStack() as stack, evaluating(fast), torch.no_grad():
-            for block in fast.modules():
-                if isinstance(block, InferenceBlock):  # wide maps pass by the attention's own call, in parts
-                    handle = block.register_forward_pre_hook(
-                        lambda block, args: block.attn.prepare(*args[0].shape[1:3]))
-                    stack.callback(handle.remove)
-            like = next(fast.parameters())
-            channels = next(cast(int, module.in_chans) for module in fast.modules() if hasattr(module, 'in_chans'))
-            fast(torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype))
+        like = next(fast.parameters())
+        channels = next(cast(int, module.in_chans) for module in fast.modules() if hasattr(module, 'in_chans'))
+        image = torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
+        for block, sizes in map_sizes(fast, image).items():
+            for size in sizes:
+                block.attn.prepare(*size)
     return fast
+
+
+def map_sizes(fast: nn.Module, image: Tensor) -> Dict['InferenceBlock', Set[Tuple[int, int]]]:
+    """Run an inference form on an image, and return the height and width of every map that each block was called on."""
+    sizes: Dict[InferenceBlock, Set[Tuple[int, int]]] = {}
+    with ExitStack() as stack, evaluating(fast), torch.no_grad():
+        for block in fast.modules():
+            if isinstance(block, InferenceBlock):
+                handle = block.register_forward_pre_hook(
+                    lambda block, args: sizes.setdefault(block, set()).add(tuple(args[0].shape[1:3])))
+                stack.callback(handle.remove)
+        fast(image)
+    return sizes
 
 
 def inference_form(block: nn.Module) -> nn.Module:
@@ -252,10 +261,7 @@ class InferenceAttention(nn.Module):
 
     def layouts(self, height: int, width: int) -> Tuple[Layout, Layout]:
         """Lay out the rows and columns of a map of height x width tokens."""
-        rows, cols = map_layout(height, width, self.group_size, self.interval, self.grouping, self.fit_groups)
-        if torch.jit.is_scripting():
-            return rows, cols
-        return opaque(rows), opaque(cols)
+        return map_layout(height, width, self.group_size, self.interval, self.grouping, self.fit_groups)
 
     def bias_table(self, rows: Layout, cols: Layout, device: torch.device) -> Tensor:
         """Return the bias of every offset inside a group, at least [heads or 1, 2 * gh - 1, 2 * gw - 1]."""

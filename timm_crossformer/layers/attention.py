@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.grouping import Layout, map_layout
 from ..ops.operator import attend_groups
-from ..ops.reference import close_groups, opaque, open_groups
+from ..ops.reference import close_groups, open_groups
 from .position_bias import DynamicPosBias, group_offsets
 
 # One node each to a tracer: the tokens of a group follow from the size of the map.
@@ -97,7 +97,4 @@ class GroupAttention(nn.Module):
 
     def layouts(self, height: int, width: int) -> Tuple[Layout, Layout]:
         """Lay out the rows and columns of a map of height x width tokens."""
-        rows, cols = map_layout(height, width, self.group_size, self.interval, self.grouping, self.fit_groups)
-        if torch.jit.is_scripting():
-            return rows, cols
-        return opaque(rows), opaque(cols)
+        return map_layout(height, width, self.group_size, self.interval, self.grouping, self.fit_groups)

@@ -12,7 +12,7 @@ from typing import Any, List, Tuple
 import torch
 from torch import Tensor
 
-from .._torch import is_one_graph_for_all_sizes
+from .._torch import is_exported, is_known, is_one_graph_for_all_sizes
 
 Layout = Tuple[int, int, int]  # regions, size, interval
 Segment = Tuple[int, int, int, int, int]  # start, regions, size, interval, phases
@@ -84,7 +84,7 @@ def map_layout(
     if not torch.jit.is_scripting() and is_one_graph_for_all_sizes():
         # Without a branch. The product is 0 exactly if one side fits into a group.
         whole = 1 // (1 + (height // (group_size[0] + 1)) * (width // (group_size[1] + 1)))
-        return _blend(rows, height, whole), _blend(cols, width, whole)
+        return _opaque(_blend(rows, height, whole)), _opaque(_blend(cols, width, whole))
     if height <= group_size[0] or width <= group_size[1]:
         return (1, height, 1), (1, width, 1)
     return rows, cols
@@ -94,6 +94,17 @@ def _blend(layout: Layout, n: int, whole: int) -> Layout:
     """Return the layout (1, n, 1) if `whole` is 1, else `layout`."""
     regions, size, interval = layout
     return regions + whole * (1 - regions), size + whole * (n - size), interval + whole * (1 - interval)
+
+
+@torch.jit.unused
+def _opaque(layout: Layout) -> Layout:
+    """In an export, hide how a layout follows from the size of the map: it would carry the formulas everywhere."""
+    if not is_exported() or is_known(*layout):  # or one size is exported
+        return layout
+    hidden: List[Any] = [torch.scalar_tensor(n, dtype=torch.long).item() for n in layout]
+    for n in hidden:
+        torch._check(n >= 1)
+    return hidden[0], hidden[1], hidden[2]
 
 
 def axis_segments(n: int, layout: Layout) -> List[Segment]:

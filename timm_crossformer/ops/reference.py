@@ -3,13 +3,12 @@
 No branch and no loop depends on the size of the map, so one traced or exported graph serves every size.
 """
 import math
-from typing import Any, List, Tuple
+from typing import Tuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from .._torch import is_exported, is_known
 from .grouping import Layout, divide, group_index
 
 # Added to scores of keys that do not exist: far below any, yet finite in fp16, so that a group without a real token
@@ -79,14 +78,3 @@ def pair_bias(table: Tensor, gh: int, gw: int) -> Tensor:
     dx = (col[:, None] - col + TW - 1).clamp(0, 2 * TW - 2)
     offset = dy * (2 * TW - 1) + dx
     return table.flatten(1).index_select(1, offset.flatten()).reshape(-1, gh * gw, gh * gw)
-
-
-@torch.jit.unused
-def opaque(layout: Layout) -> Layout:
-    """In an export, hide how a layout follows from the size of the map: it would carry the formulas everywhere."""
-    if not is_exported() or is_known(*layout):  # or one size is exported
-        return layout
-    hidden: List[Any] = [torch.scalar_tensor(n, dtype=torch.long).item() for n in layout]
-    for n in hidden:
-        torch._check(n >= 1)
-    return hidden[0], hidden[1], hidden[2]
