@@ -24,7 +24,7 @@ def fix(model: nn.Module, image: Tensor) -> nn.Module:
     """
     fast = reparameterize_model(model).eval()
     for block, seen in map_sizes(fast, image).items():
-        if len(seen) == 1:  # else it is called on maps of several sizes
+        if len(seen) == 1 and block.is_as_made():  # else it is called on maps of several sizes
             setattr(block, 'attn', FixedAttention(block.attn, *seen.pop()))  # noqa: B010  another type
     to_map = getattr(fast, 'to_map', None)
     if isinstance(to_map, nn.Module):

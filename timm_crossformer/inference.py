@@ -1,7 +1,8 @@
 """The inference form: the same network for those who ask for speed, by timm's convention of reparameterizing.
 
-Every shortcut past a layer lives here, in modules of other names and classes. What a block is made of is asked once,
-when the form is made: a block with anything in it that we do not know stays as it is, and every layer of it is called.
+Every shortcut past a layer lives here, in modules of other names and classes. A block with anything in it that we do
+not know stays as it is, and every layer of it is called. So is every layer of a block of the form, on whole maps, once
+somebody watches it or has replaced one.
 """
 from contextlib import ExitStack
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union, cast
@@ -51,6 +52,16 @@ _LAYERS: Dict[str, Tuple[Type[nn.Module], ...]] = {
     'drop_path2': _RATES,
 }
 _BIAS_LAYERS = (nn.Sequential, nn.Linear, nn.LayerNorm, nn.ReLU)
+
+
+def _methods(kind: Type[nn.Module]) -> List[Any]:
+    """Return what our shortcuts stand for in the place of, as the class has it now."""
+    return [getattr(kind, name, None) for name in ('forward', '_conv_forward', 'layouts')]
+
+
+# As it was before anybody could put something else in its place.
+_DEFINED = {
+    kind: _methods(kind) for kinds in (*_LAYERS.values(), _BIAS_LAYERS, (CrossScaleEmbed, nn.Conv2d)) for kind in kinds}
 
 
 def reparameterize(
@@ -109,6 +120,9 @@ def inference_form(block: nn.Module) -> nn.Module:
     known = set(_LAYERS) <= set(layers) and all(
         _is_ours(layer, _LAYERS.get(name, _BIAS_LAYERS if name.startswith('attn.pos_bias.') else ()))
         for name, layer in layers.items())
+    # A rate that is on in evaluation is meant to be on: uncertainty by dropout.
+    known = known and not any(
+        layer.training and not block.training for layer in layers.values() if isinstance(layer, (nn.Dropout, DropPath)))
     return InferenceBlock(cast(CrossFormerBlock, block)) if known else block
 
 
@@ -131,15 +145,19 @@ def pack_convolutions(embed: nn.Module) -> None:
 
 def _is_simple(conv: nn.Conv2d) -> bool:
     """Return whether a convolution is of the kind that `PackedConv` knows."""
-    return '_conv_forward' not in conv.__dict__ and not isinstance(conv.padding, str) and (
+    return not isinstance(conv.padding, str) and (
         conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == 'zeros') and all(
         a == b for a, b in (conv.kernel_size, conv.stride, conv.padding))
 
 
 def _is_ours(module: nn.Module, kinds: Sequence[Type[nn.Module]]) -> bool:
-    """Return whether a module is of one of these very classes, with weights of its own, and nobody watches it."""
-    return type(module) in kinds and 'forward' not in module.__dict__ and not has_hooks(module) and all(
-        type(p) is nn.Parameter for p in module.parameters(recurse=False))
+    """Return whether a module is of one of these very classes, as defined, with weights of its own, and unwatched."""
+    kind = type(module)
+    return (
+        kind in kinds and not has_hooks(module)
+        and _DEFINED[kind] == _methods(kind)
+        and not any(callable(getattr(kind, name, None)) for name in module.__dict__)  # a method of the instance alone
+        and all(type(p) is nn.Parameter for p in module.parameters(recurse=False)))
 
 
 class _Packed(nn.Module):
@@ -322,7 +340,17 @@ class InferenceBlock(nn.Module):
     @torch.jit.unused
     def _goes_in_parts(self, x: Tensor) -> bool:
         # Two parts are not worth their overhead.
-        return not is_symbol(x) and x.device.type == 'cpu' and is_eager_inference(x) and x.numel() > 2 * _PART
+        return not is_symbol(x) and x.device.type == 'cpu' and is_eager_inference(x) and (
+            x.numel() > 2 * _PART and self.is_as_made())
+
+    @torch.jit.unused
+    def is_as_made(self) -> bool:
+        """Return whether nothing of the block was replaced since, and nobody watches its layers."""
+        layers = {  # but those that are called as they are
+            name: layer for name, layer in self.named_modules()
+            if name.partition('.')[0] != 'cooling' and not name.startswith('attn.position')}
+        return set(layers) == set(_FORM_LAYERS) and all(
+            _is_ours(layer, _FORM_LAYERS[name]) for name, layer in layers.items())
 
     @torch.jit.unused
     def _in_parts(self, x: Tensor) -> Tensor:
@@ -347,6 +375,22 @@ class InferenceBlock(nn.Module):
         if table is not None and table.ndim == 3 and len(table) == len(self.attn.table):
             self.attn.table = self.attn.table.new_empty(table.shape)  # may serve larger groups than ours
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+# What a block of the form is made of, as long as nobody changes it.
+_FORM_LAYERS: Dict[str, Tuple[Type[nn.Module], ...]] = {
+    '': (InferenceBlock,),
+    'attn_norm': _NORMS,
+    'attn': (InferenceAttention,),
+    'attn.qkv': (PackedLinear,),
+    'attn.proj': (PackedLinear,),
+    'mlp_norm': _NORMS,
+    'mlp': (nn.Sequential,),
+    'mlp.0': (PackedLinear,),
+    'mlp.1': _LAYERS['mlp.act'] + (nn.Identity,),
+    'mlp.2': (PackedLinear,),
+}
+_DEFINED.update({kind: _methods(kind) for kinds in _FORM_LAYERS.values() for kind in kinds})
 
 
 def parts(x: Tensor, rows: Layout, cols: Layout) -> Iterator[Tuple[Tuple[slice, slice, slice], Layout, Layout]]:

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from common import GROUPINGS, fakes_cuda, lively, noise, small
+from timm.layers import Mlp
 from timm.utils import reparameterize_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_crossformer
 from timm_crossformer import inference
+from timm_crossformer.fixed import fix
 from timm_crossformer.inference import InferenceAttention, InferenceBlock, PackedConv, PackedLinear
-from timm_crossformer.layers import CrossFormerBlock, GroupAttention
+from timm_crossformer.layers import CrossFormerBlock, DynamicPosBias, GroupAttention
 from timm_crossformer.ops.grouping import map_layout
 
 SIZES = ((64, 64), (75, 190), (20, 300), (33, 7))
@@ -41,7 +43,8 @@ def test_numbers_are_those_of_the_model(kind, part, monkeypatch):
     model = small(**KINDS[kind])
     forms = [reparameterize_model(model), timm_crossformer.reparameterize(model, img_size=(75, 190))]
     for form in forms:
-        assert sum(isinstance(module, InferenceBlock) for module in form.modules()) == 10
+        blocks = [module for module in form.modules() if isinstance(module, InferenceBlock)]
+        assert len(blocks) == 10 and all(block.is_as_made() for block in blocks)  # so wide maps go in parts
         assert not any(isinstance(module, CrossFormerBlock | GroupAttention) for module in form.modules())
     with torch.no_grad():
         for size in SIZES:
@@ -142,6 +145,11 @@ def other_class(block):
     block.__class__ = OtherBlock
 
 
+def dropout_that_is_on(block):
+    block.mlp.drop2 = nn.Dropout(1.)  # as for uncertainty by dropout, but not by chance
+    block.eval().mlp.drop2.train()
+
+
 CHANGES = {
     'mlp': lambda block: setattr(block, 'mlp', Mixing(block.mlp)),
     'norm': lambda block: setattr(block, 'norm1', Mixing(block.norm1)),
@@ -158,6 +166,8 @@ CHANGES = {
     'pre-hook': lambda block: block.attn.pos_bias.mlp[3].register_forward_pre_hook(lambda module, args: args[0].sin()),
     'hook of the block': lambda block: block.register_forward_hook(lambda module, args, out: out.sin()),
     'class': other_class,
+    'groups': lambda block: setattr(block.attn, 'layouts', lambda height, width: ((height, 1, 1), (width, 1, 1))),
+    'dropout that is on': dropout_that_is_on,
 }
 
 
@@ -178,6 +188,66 @@ def test_what_somebody_changed_stays_and_is_called(change, monkeypatch):
     assert isinstance(form.stages[2].blocks[0], InferenceBlock)
     with torch.no_grad():
         assert_same(form(x), model(x))
+
+
+@pytest.mark.parametrize('kind', [CrossFormerBlock, GroupAttention, DynamicPosBias, Mlp, nn.Linear, nn.Conv2d])
+def test_a_class_that_somebody_patched_is_called(kind, monkeypatch):
+    model, x = small(), noise(1, 3, 70, 101)
+    before, forward = model(x), kind.forward
+    monkeypatch.setattr(kind, 'forward', lambda self, *args: forward(self, *args).sin())
+    form = reparameterize_model(model)
+    with torch.no_grad():
+        assert (model(x) - before).abs().max() > 1e-3
+        assert_same(form(x), model(x))
+    left = [module for module in form.stages.modules() if isinstance(module, (InferenceBlock, PackedConv))]
+    assert all(isinstance(module, PackedConv) == (kind is not nn.Conv2d) for module in left) and left
+
+
+WATCHED = ('', 'attn_norm', 'attn', 'attn.qkv', 'attn.proj', 'attn.position', 'mlp_norm', 'mlp', 'mlp.0', 'mlp.2')
+
+
+def sine(module, args, out):
+    return out.sin()
+
+
+@pytest.mark.parametrize('name', WATCHED)
+@pytest.mark.parametrize('fixed', [False, True])
+def test_a_hook_of_the_form_acts_on_maps_of_every_size(name, fixed, monkeypatch):
+    form, x = reparameterize_model(small()), noise(1, 3, 70, 101)
+    form.stages[1].blocks[1].get_submodule(name).register_forward_hook(sine)
+    if name == 'attn.position':
+        form.stages[1].blocks[1].attn.table = form.stages[1].blocks[1].attn.table[:, 1:-1, 1:-1]  # so it is asked
+    with torch.no_grad():
+        whole = form(x)
+        assert (whole - reparameterize_model(small())(x)).abs().max() > 1e-3
+        monkeypatch.setattr(inference, '_PART', 100)
+        assert_same((fix(form, x) if fixed else form)(x), whole)
+
+
+FORM_CHANGES = {
+    'attention': lambda block: setattr(block, 'attn', nn.Identity()),
+    'attention as a linear layer': lambda block: setattr(block, 'attn', nn.Linear(48, 48)),
+    'query, key, value': lambda block: setattr(block.attn, 'qkv', nn.Sequential(block.attn.qkv, Doubling())),
+    'mlp': lambda block: setattr(block, 'mlp', Mixing(block.mlp)),
+    'a layer of the mlp': lambda block: block.mlp.append(Mixing(nn.Identity())),
+    'norm': lambda block: setattr(block, 'attn_norm', Mixing(block.attn_norm)),
+    'forward of attention': lambda block: setattr(block.attn, 'forward', Doubling().forward),
+    'forward of the mlp': lambda block: setattr(block.mlp, 'forward', Mixing(nn.Identity()).forward),
+    'groups': lambda block: setattr(block.attn, 'layouts', lambda height, width: ((height, 1, 1), (width, 1, 1))),
+}
+
+
+@pytest.mark.parametrize('change', FORM_CHANGES)
+@pytest.mark.parametrize('fixed', [False, True])
+def test_what_somebody_changed_in_the_form_acts_on_maps_of_every_size(change, fixed, monkeypatch):
+    form, x = reparameterize_model(small()), noise(1, 3, 70, 101)
+    with torch.no_grad():
+        before = form(x)
+        FORM_CHANGES[change](form.stages[1].blocks[1])
+        whole = form(x)
+        assert (whole - before).abs().max() > 1e-3
+        monkeypatch.setattr(inference, '_PART', 100)
+        assert_same((fix(form, x) if fixed else form)(x), whole)
 
 
 @pytest.mark.parametrize('change', [
