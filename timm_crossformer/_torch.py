@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
@@ -79,7 +81,14 @@ def is_eager_inference(x: Tensor) -> bool:
     """Return whether x is a plain tensor that nobody differentiates, records, transforms or casts on its way."""
     return type(x) is Tensor and not (
         (torch.is_grad_enabled() and x.requires_grad) or is_graph() or is_transformed()
-        or torch.is_autocast_enabled(x.device.type) or is_in_torch_dispatch_mode(include_infra_modes=False))
+        or torch.is_autocast_enabled(x.device.type) or is_in_torch_dispatch_mode(include_infra_modes=False)
+        or _is_in_torch_function_mode())
+
+
+def _is_in_torch_function_mode() -> bool:
+    """Return whether a mode sees the functions that are called, but that of a default device."""
+    return torch._C._len_torch_function_stack() > 0 and any(
+        not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def without_autocast(device: torch.device) -> ContextManager[Any]:

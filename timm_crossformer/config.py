@@ -1,6 +1,6 @@
 """Read constructor arguments that may be given once, per stage or per block."""
 from numbers import Integral
-from typing import Any, List, Sequence, Tuple, TypeGuard, Union
+from typing import Any, List, Optional, Sequence, Tuple, TypeGuard, Union
 
 StageSize = Union[int, Tuple[int, int], List[int], List[Tuple[int, int]]]
 GroupSize = Union[int, Sequence[StageSize]]
@@ -26,6 +26,21 @@ def check_whole(name: str, values: Sequence[Any], least: int) -> None:
     for value in values:
         if not _is_whole(value) or value < least:
             raise ValueError(f'`{name}` needs whole numbers from {least} up, got {value!r}.')
+
+
+def resolve_img_size(img_size: Any) -> Optional[Tuple[int, int]]:
+    """Return an image size as (height, width), None for None.
+
+    Raises:
+        ValueError: It is neither a whole number from 1 up nor a pair of them.
+    """
+    if img_size is None:
+        return None
+    pair = img_size if isinstance(img_size, (list, tuple)) else (img_size, img_size)
+    if len(pair) != 2:
+        raise ValueError(f'`img_size` is a number or a pair (height, width), got {img_size!r}.')
+    check_whole('img_size', pair, 1)
+    return int(pair[0]), int(pair[1])
 
 
 def resolve_group_size(name: str, value: GroupSize, depths: Sequence[int]) -> List[List[Tuple[int, int]]]:

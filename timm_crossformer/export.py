@@ -4,6 +4,7 @@ One graph for every batch and, from 33 px up, every image size; or one for a siz
 """
 import importlib
 import io
+import itertools
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ._modes import evaluating
+from ._torch import as_written
 from .fixed import fix
 from .layers import CrossScaleEmbed
 from .precision import to_half, to_int8
@@ -63,7 +65,8 @@ def export_program(
         raise ValueError(f'`batch` is for a batch that is not left open, got {batch}. Leave it out, or `dynamic`.')
     if dynamic is True and any(getattr(module, 'fit_groups', False) for module in model.modules()):
         raise ValueError('`fit_groups` chooses groups for one image size. Export with dynamic=False, or without it.')
-    parameter = next(model.parameters())
+    model = as_written(model)
+    parameter = _first_tensor(model)
     channels = _channels(model)
     like: Dict[str, Any] = dict(device=parameter.device, dtype=parameter.dtype)
     if dynamic is not True:
@@ -116,12 +119,12 @@ def export_model(
     """
     if format not in FORMATS:
         raise ValueError(f'`format` is one of {", ".join(FORMATS)}, got {format!r}.')
-    path = Path(path)
+    path, model = Path(path), as_written(model)
     if path.suffix != FORMATS[format]:
         raise ValueError(f'A file of format {format} ends in {FORMATS[format]}, got {path.name}.')
     if dtype not in ('fp32', 'fp16', 'int8'):
         raise ValueError(f'`dtype` is one of fp32, fp16, int8, got {dtype!r}.')
-    if dtype != 'fp32' and (format != 'onnx' or next(model.parameters()).dtype != torch.float32):
+    if dtype != 'fp32' and (format != 'onnx' or _first_tensor(model).dtype != torch.float32):
         raise ValueError(f'`dtype` {dtype} is for ONNX files of models in fp32. Use format onnx, and `model.float()`.')
     if (dtype == 'int8') != (calibrate is not None):
         raise ValueError("`dtype` 'int8' and `calibrate` go together: int8 needs images, and nothing else does.")
@@ -160,6 +163,11 @@ def export_model(
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == path.suffix):  # the main file last
             shutil.move(file, path.parent / file.name)
     return path
+
+
+def _first_tensor(model: nn.Module) -> Tensor:
+    """Return a weight, also of a model whose weights are buffers."""
+    return next(itertools.chain(model.parameters(), model.buffers()))
 
 
 def describe_input(model: Any, size: Optional[Tuple[int, int]] = None) -> Dict[str, Any]:

@@ -14,7 +14,8 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from ._modes import evaluating
-from ._torch import has_hooks, is_eager_inference, is_known, is_symbol
+from ._torch import as_written, has_hooks, is_eager_inference, is_known, is_symbol
+from .config import resolve_img_size
 from .layers import CrossFormerBlock, CrossScaleEmbed, DynamicPosBias, GroupAttention
 from .layers.position_bias import group_offsets
 from .ops import packing
@@ -27,6 +28,9 @@ for name in ('attend_groups', 'map_layout', 'group_offsets'):  # one node each t
 # Numbers of a map in a part, 2 MiB in fp32 and four times as much within the MLP: above 32 MiB glibc maps fresh pages
 # for every result, at the cost of a fault each.
 _PART = 1 << 19
+
+# Numbers of a weight that tell whether somebody wrote to it.
+_LOOKED_AT = 64
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, LayerNorm, RmsNorm)
 _RATES = (nn.Dropout, DropPath, nn.Identity)  # nothing, in evaluation
@@ -54,14 +58,8 @@ _LAYERS: Dict[str, Tuple[Type[nn.Module], ...]] = {
 _BIAS_LAYERS = (nn.Sequential, nn.Linear, nn.LayerNorm, nn.ReLU)
 
 
-def _methods(kind: Type[nn.Module]) -> List[Any]:
-    """Return what our shortcuts stand for in the place of, as the class has it now."""
-    return [getattr(kind, name, None) for name in ('forward', '_conv_forward', 'layouts')]
-
-
-# As it was before anybody could put something else in its place.
-_DEFINED = {
-    kind: _methods(kind) for kinds in (*_LAYERS.values(), _BIAS_LAYERS, (CrossScaleEmbed, nn.Conv2d)) for kind in kinds}
+# Methods that our shortcuts stand in the place of.
+_METHODS = ('__call__', '_call_impl', 'forward', '_conv_forward', 'layouts', 'bias_table', 'attend')
 
 
 def reparameterize(
@@ -83,21 +81,32 @@ def reparameterize(
     Raises:
         ValueError: Nothing in the model is a CrossFormer, or the image size is none.
     """
-    fast = reparameterize_model(model)
+    size = resolve_img_size(img_size)
+    fast = reparameterize_model(as_written(model))
     attentions = [module for module in fast.modules() if isinstance(module, InferenceAttention)]
     if not attentions:
         raise ValueError(
             'The model needs a CrossFormer with blocks that nobody has changed, got '
             f'{type(model).__name__} without one. Reparameterize before layers are replaced or watched, or leave it.')
     fast = fast.to(device) if device is not None else fast
-    if img_size is not None:
-        height, width = img_size if isinstance(img_size, (list, tuple)) else (img_size, img_size)
-        like = next(fast.parameters())
-        channels = next(cast(int, module.in_chans) for module in fast.modules() if hasattr(module, 'in_chans'))
-        image = torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
-        for block, sizes in map_sizes(fast, image).items():
-            for size in sizes:
-                block.attn.prepare(*size)
+    if size is not None:
+        table = attentions[0].table
+        channels = next(m.in_chans for m in fast.modules() if isinstance(getattr(m, 'in_chans', None), int))
+        image = torch.zeros(1, cast(int, channels), *size, device=table.device, dtype=table.dtype)
+        try:
+            found = map_sizes(fast, image)
+        except Exception as e:
+            raise ValueError(
+                f'`img_size` is for models that take an image alone, here {list(image.shape)}, and the '
+                f'{type(model).__name__} does not: {e} Leave `img_size` out, or reparameterize the CrossFormer alone.'
+            ) from e
+        if not found:
+            raise ValueError(
+                f'`forward` of the {type(model).__name__}, copied, runs other layers than those of the copy. Put a '
+                'module around it in place of a function, or leave `img_size` out.')
+        for block, sizes in found.items():
+            for height, width in sizes:
+                block.attn.prepare(height, width)
     return fast
 
 
@@ -108,7 +117,8 @@ def map_sizes(fast: nn.Module, image: Tensor) -> Dict['InferenceBlock', Set[Tupl
         for block in fast.modules():
             if isinstance(block, InferenceBlock):
                 handle = block.register_forward_pre_hook(
-                    lambda block, args: sizes.setdefault(block, set()).add(tuple(args[0].shape[1:3])))
+                    lambda block, args, kwargs: sizes.setdefault(block, set()).add(
+                        tuple(next(iter([*args, *kwargs.values()])).shape[1:3])), with_kwargs=True)
                 stack.callback(handle.remove)
         fast(image)
     return sizes
@@ -137,7 +147,7 @@ def check_form(state_dict: Mapping[str, Any], model: nn.Module) -> None:
 
 def pack_convolutions(embed: nn.Module) -> None:
     """Put packed convolutions in the place of those of a cross-scale embedding; others stay as they are."""
-    convs = embed.convs if type(embed) is CrossScaleEmbed else nn.ModuleList()
+    convs = embed.convs if _is_ours(embed, (CrossScaleEmbed,)) else nn.ModuleList()
     for name, conv in cast(nn.ModuleList, convs).named_children():
         if isinstance(conv, nn.Conv2d) and _is_ours(conv, (nn.Conv2d,)) and _is_simple(conv):
             setattr(convs, name, PackedConv(conv))
@@ -151,13 +161,42 @@ def _is_simple(conv: nn.Conv2d) -> bool:
 
 
 def _is_ours(module: nn.Module, kinds: Sequence[Type[nn.Module]]) -> bool:
-    """Return whether a module is of one of these very classes, as defined, with weights of its own, and unwatched."""
+    """Return whether a module is of one of these very classes, as written, with weights of its own, and unwatched."""
     kind = type(module)
+    weights = [*module.parameters(recurse=False), *(getattr(module, name, None) for name in ('weight', 'bias'))]
     return (
         kind in kinds and not has_hooks(module)
-        and _DEFINED[kind] == _methods(kind)
+        and all(_is_as_written(kind, name) for name in _METHODS)
         and not any(callable(getattr(kind, name, None)) for name in module.__dict__)  # a method of the instance alone
-        and all(type(p) is nn.Parameter for p in module.parameters(recurse=False)))
+        and all(weight is None or type(weight) is nn.Parameter for weight in weights)
+        and len(getattr(module, 'normalized_shape', ('channels',))) == 1)
+
+
+def _is_as_written(kind: Type[nn.Module], name: str) -> bool:
+    """Return whether a method, if the class has it, comes from the file of the class that it is inherited from."""
+    owner = next((base for base in kind.__mro__ if name in vars(base)), None)
+    return owner is None or getattr(vars(owner)[name], '__globals__', {}).get('__name__') == owner.__module__
+
+
+class _Cache:
+    """What a layer has packed last. It is neither copied nor saved with the layer."""
+
+    def __init__(self) -> None:
+        self.entry: Optional[Tuple[Any, ...]] = None
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> '_Cache':
+        return _Cache()
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return _Cache, ()
+
+
+def _frozen(p: nn.Parameter) -> nn.Parameter:
+    """Return a parameter that does not learn: the same, so that layers that share it still do."""
+    if not p.is_inference():
+        return cast(nn.Parameter, p.requires_grad_(False))
+    with torch.inference_mode(False):  # else it would not say when it changes
+        return nn.Parameter(p.clone(), requires_grad=False)
 
 
 class _Packed(nn.Module):
@@ -165,25 +204,28 @@ class _Packed(nn.Module):
 
     def __init__(self, layer: Union[nn.Linear, nn.Conv2d]):
         super().__init__()
-        self.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
-        self._packed: Any = None
+        self.weight = _frozen(cast(nn.Parameter, layer.weight))
+        self.bias = None if layer.bias is None else _frozen(cast(nn.Parameter, layer.bias))
+        self._packed = _Cache()
 
     @torch.jit.unused
     def _suits_packing(self, x: Tensor) -> bool:
-        return is_eager_inference(x) and packing.suits(x, self.weight)
+        weight, bias = self.weight, self.bias
+        return is_eager_inference(x) and packing.suits(x, weight) and all(  # nothing is computed, swapped or learns
+            type(p) is nn.Parameter and not (p.requires_grad and torch.is_grad_enabled())
+            for p in (weight, bias) if p is not None)
 
     def _pack(self, pack: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Return the weight packed, which must not be older than the weight."""
         weight = self.weight
         version = 0 if weight.is_inference() else weight._version
-        state = id(weight), weight.data_ptr(), version, args  # a packed copy must not be older than the weight
-        packed = self._packed
-        if packed is None or packed[0] != state:
-            self._packed = packed = state, pack(weight.detach(), *args)
-        return packed[1]
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_packed': None}
+        state = weight.data_ptr(), version, args
+        # Written to by `data` or by NumPy, a weight keeps its version: look at some of its numbers.
+        some = weight.detach().flatten()[::max(1, weight.numel() // _LOOKED_AT)]
+        entry = self._packed.entry
+        if entry is None or entry[0] is not weight or entry[1] != state or not torch.equal(entry[2], some):
+            self._packed.entry = entry = weight, state, some.clone(), pack(weight.detach(), *args)
+        return cast(Tensor, entry[3])
 
     def extra_repr(self) -> str:
         """Name the shape of the weight."""
@@ -200,6 +242,7 @@ class PackedLinear(_Packed):
             gelu: Apply GELU to the result.
         """
         super().__init__(linear)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,6 +262,7 @@ class PackedConv(_Packed):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv)
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.stride = conv.stride[0]
         self.padding = int(conv.padding[0])
 
@@ -250,14 +294,14 @@ class InferenceAttention(nn.Module):
         self.position = attn.pos_bias.requires_grad_(False)  # for groups larger than the table
         self.qkv = PackedLinear(attn.qkv)
         self.proj = PackedLinear(attn.proj)
-        self.register_buffer('table', self._compute_table(*self.group_size))
+        self.register_buffer('table', self._compute_table(*self.group_size, attn.qkv.weight.device))
 
     @torch.jit.ignore
     def prepare(self, height: int, width: int) -> None:
         """Let the table serve a map of height x width tokens."""
         rows, cols = self.layouts(height, width)
         gh, gw = (max(self.table.shape[i + 1] // 2 + 1, layout[1]) for i, layout in enumerate((rows, cols)))
-        self.table = self._compute_table(gh, gw)
+        self.table = self._compute_table(gh, gw, self.table.device)
 
     @torch.jit.ignore
     def set_groups(self, *args: Any) -> None:
@@ -267,14 +311,16 @@ class InferenceAttention(nn.Module):
             'before it is reparameterized.')
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'InferenceAttention':
+        before = self.table
         super()._apply(fn, recurse)
-        self.table = self._compute_table(self.table.shape[1] // 2 + 1, self.table.shape[2] // 2 + 1)  # in its precision
+        if (self.table.dtype, self.table.device) != (before.dtype, before.device):  # computed in its precision
+            height, width = (side // 2 + 1 for side in self.table.shape[1:])
+            self.table = self._compute_table(height, width, self.table.device)
         return self
 
     @torch.jit.ignore
     @torch.no_grad()
-    def _compute_table(self, height: int, width: int) -> Tensor:
-        device = next(self.position.parameters()).device
+    def _compute_table(self, height: int, width: int, device: torch.device) -> Tensor:
         return self.position(group_offsets(height, width, self.legacy_size, device)).contiguous()
 
     def layouts(self, height: int, width: int) -> Tuple[Layout, Layout]:
@@ -341,7 +387,8 @@ class InferenceBlock(nn.Module):
     def _goes_in_parts(self, x: Tensor) -> bool:
         # Two parts are not worth their overhead.
         return not is_symbol(x) and x.device.type == 'cpu' and is_eager_inference(x) and (
-            x.numel() > 2 * _PART and self.is_as_made())
+            x.numel() > 2 * _PART and self.is_as_made()
+            and not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())))
 
     @torch.jit.unused
     def is_as_made(self) -> bool:
@@ -390,7 +437,6 @@ _FORM_LAYERS: Dict[str, Tuple[Type[nn.Module], ...]] = {
     'mlp.1': _LAYERS['mlp.act'] + (nn.Identity,),
     'mlp.2': (PackedLinear,),
 }
-_DEFINED.update({kind: _methods(kind) for kinds in _FORM_LAYERS.values() for kind in kinds})
 
 
 def parts(x: Tensor, rows: Layout, cols: Layout) -> Iterator[Tuple[Tuple[slice, slice, slice], Layout, Layout]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ._timm import checkpoint_seq, device_and_dtype, feature_take_indices, update_model_input_size
 from .checkpoints.fitting import check_head, check_variant, convert_state_dict, is_foreign
-from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size
+from .config import GroupSize, check_whole, per_stage, plain_group_size, resolve_group_size, resolve_img_size
 from .inference import check_form, inference_form, pack_convolutions
 from .layers import CrossFormerBlock, CrossScaleEmbed, Permute
 from .ops.grouping import LDA_GROUPINGS
@@ -199,7 +199,7 @@ class CrossFormer(nn.Module):
             raise ValueError(f'`mlp_ratio` needs to be above 0, got {mlp_ratio!r}.')
         check_whole('in_chans', [in_chans], 1)
         check_whole('num_classes', [num_classes], 0)
-        _check_img_size(img_size)
+        resolve_img_size(img_size)
         _check_pool(global_pool)
         norm = cast(Callable[..., nn.Module], _named_layer('norm_layer', norm_layer, get_norm_layer))
         act = cast(Type[nn.Module], _named_layer('act_layer', act_layer, get_act_layer))
@@ -317,7 +317,7 @@ class CrossFormer(nn.Module):
         Raises:
             ValueError: An argument is out of range; then nothing has changed.
         """
-        _check_img_size(img_size)
+        resolve_img_size(img_size)
         self._set_groups(
             self.group_size if group_size is None else group_size,
             self.lda_group_size if lda_group_size is None else lda_group_size,
@@ -521,13 +521,6 @@ _POOLS = ('avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fa
 def _check_pool(global_pool: Any) -> None:
     if str(global_pool or '').lower() not in _POOLS:
         raise ValueError(f'`global_pool` is one of {", ".join(map(repr, _POOLS))}, got {global_pool!r}.')
-
-
-def _check_img_size(img_size: Any) -> None:
-    pair = img_size if isinstance(img_size, (list, tuple)) else (img_size, img_size)
-    if img_size is not None and len(pair) != 2:
-        raise ValueError(f'`img_size` is a number or a pair (height, width), got {img_size!r}.')
-    check_whole('img_size', [] if img_size is None else pair, 1)
 
 
 def _named_layer(argument: str, layer: Any, get_layer: Callable[[Any], Any]) -> Any:

@@ -1,6 +1,8 @@
 """The inference form: the same numbers as the model, at every size, or an error."""
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -11,6 +13,8 @@ from timm.layers import Mlp
 from timm.utils import reparameterize_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -150,6 +154,12 @@ def dropout_that_is_on(block):
     block.eval().mlp.drop2.train()
 
 
+def weight_that_is_no_parameter(block):
+    weight = block.mlp.fc1.weight
+    del block.mlp.fc1.weight
+    block.mlp.fc1.weight = 2 * weight.detach()
+
+
 CHANGES = {
     'mlp': lambda block: setattr(block, 'mlp', Mixing(block.mlp)),
     'norm': lambda block: setattr(block, 'norm1', Mixing(block.norm1)),
@@ -168,6 +178,8 @@ CHANGES = {
     'class': other_class,
     'groups': lambda block: setattr(block.attn, 'layouts', lambda height, width: ((height, 1, 1), (width, 1, 1))),
     'dropout that is on': dropout_that_is_on,
+    'norm over the map': lambda block: setattr(block, 'norm2', nn.LayerNorm((5, 7, 64))),
+    'weight that is no parameter': weight_that_is_no_parameter,
 }
 
 
@@ -190,17 +202,47 @@ def test_what_somebody_changed_stays_and_is_called(change, monkeypatch):
         assert_same(form(x), model(x))
 
 
+@pytest.mark.parametrize('name', ['forward', '__call__', '_call_impl'])
 @pytest.mark.parametrize('kind', [CrossFormerBlock, GroupAttention, DynamicPosBias, Mlp, nn.Linear, nn.Conv2d])
-def test_a_class_that_somebody_patched_is_called(kind, monkeypatch):
+def test_a_class_that_somebody_patched_is_called(kind, name, monkeypatch):
     model, x = small(), noise(1, 3, 70, 101)
-    before, forward = model(x), kind.forward
-    monkeypatch.setattr(kind, 'forward', lambda self, *args: forward(self, *args).sin())
+    before, method = model(x), getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda self, *args: method(self, *args).sin())
     form = reparameterize_model(model)
     with torch.no_grad():
         assert (model(x) - before).abs().max() > 1e-3
         assert_same(form(x), model(x))
     left = [module for module in form.stages.modules() if isinstance(module, (InferenceBlock, PackedConv))]
     assert all(isinstance(module, PackedConv) == (kind is not nn.Conv2d) for module in left) and left
+
+
+PATCH_AND_IMPORT = '''
+import torch
+forward = torch.nn.Linear.forward
+torch.nn.Linear.forward = lambda self, x: forward(self, x).sin()
+import timm, timm_crossformer
+model = timm.create_model("test_crossformer", pretrained=True).eval()
+x = torch.randn(1, 3, 64, 64)
+with torch.no_grad():
+    torch.testing.assert_close(timm.utils.reparameterize_model(model)(x), model(x))
+'''
+
+
+def test_a_class_that_was_patched_before_the_import_is_called():
+    subprocess.run([sys.executable, '-c', PATCH_AND_IMPORT], check=True)
+
+
+class Sines(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out.sin() if func is nn.functional.linear else out
+
+
+def test_a_mode_sees_the_functions_of_the_form():
+    model, x = small(), noise(1, 3, 70, 101)
+    with torch.no_grad(), Sines():
+        form = reparameterize_model(model)
+        assert_same(form(x), model(x))
 
 
 WATCHED = ('', 'attn_norm', 'attn', 'attn.qkv', 'attn.proj', 'attn.position', 'mlp_norm', 'mlp', 'mlp.0', 'mlp.2')
@@ -305,6 +347,51 @@ def test_state_dicts_are_of_one_form(features_only):
         model.load_state_dict(form.state_dict())
 
 
+@pytest.mark.parametrize('img_size', [(64,), (64, 64, 64), '64', 64., -1, True], ids=str)
+def test_image_sizes_that_are_none(img_size):
+    with pytest.raises(ValueError, match=r'`img_size` (needs whole numbers|is a number or a pair)'):
+        timm_crossformer.reparameterize(small(), img_size=img_size)
+
+
+def test_models_that_take_no_image_alone():
+    wrapper = nn.Sequential(nn.Conv2d(1, 3, 1), small())
+    with pytest.raises(ValueError, match=r'take an image alone, here \[1, 3, 64, 64\], and the Sequential does not'):
+        timm_crossformer.reparameterize(wrapper, img_size=64)
+    model = small()
+    forward = model.forward
+    model.forward = lambda x: 2 * forward(x)  # of this model, also in a copy
+    with pytest.raises(ValueError, match='runs other layers than those of the copy'):
+        timm_crossformer.reparameterize(model, img_size=64)
+
+
+def test_blocks_called_by_keyword_and_models_to_be_compiled():
+    class Stage(nn.Module):
+        def __init__(self, stage):
+            super().__init__()
+            self.stage = stage
+
+        def forward(self, x):
+            x = self.stage.downsample(x).permute(0, 2, 3, 1)
+            for block in self.stage.blocks:
+                x = block(x=x)
+            return x.permute(0, 3, 1, 2)
+
+    model, x = small(), noise(1, 3, 130, 130)
+    model.stages[0] = Stage(model.stages[0])
+    form = timm_crossformer.reparameterize(torch.compile(model), img_size=130)
+    assert form.stages[0].stage.blocks[1].attn.table.shape[1] > 13
+    with torch.no_grad():
+        assert_same(form(x), model(x))
+
+
+def test_layers_of_the_form_tell_their_shapes():
+    model, x = small(), noise(1, 3, 64, 64)
+    model.stages[0].register_forward_hook(lambda stage, args, out: out * stage.blocks[0].attn.qkv.in_features)
+    model.stages[1].register_forward_hook(lambda stage, args, out: out * stage.downsample.convs[0].kernel_size[0])
+    with torch.no_grad():
+        assert_same(reparameterize_model(model)(x), model(x))
+
+
 def test_groups_are_chosen_before():
     with pytest.raises(ValueError, match='before it is reparameterized'):
         reparameterize_model(small()).set_input_size(group_size=3)
@@ -315,33 +402,83 @@ def test_groups_are_chosen_before():
 # ---- right under everything
 
 
-@pytest.mark.parametrize('change', ['in place', 'replaced', 'load', 'data'])
+@pytest.mark.parametrize('change', [
+    'in place', 'replaced', 'load', 'data', 'data in place', 'numpy', 'vector', 'load in inference mode'])
 def test_a_packed_weight_is_never_older_than_the_weight(change):
-    form = reparameterize_model(small())
+    with torch.inference_mode(change == 'load in inference mode'):
+        form = reparameterize_model(small())
     x = noise(1, 3, 64, 64)
-    with torch.no_grad():
+    with torch.inference_mode() if change == 'load in inference mode' else torch.no_grad():
         form(x)
         for layer in (form.stages[1].blocks[0].mlp[0], form.stages[1].downsample.convs[0]):
-            assert layer._packed is not None
+            assert layer._packed.entry is not None
             if change == 'in place':
                 layer.weight.mul_(2)
             elif change == 'replaced':
                 layer.weight = nn.Parameter(2 * layer.weight, requires_grad=False)
-            elif change == 'load':
+            elif change == 'data in place':
+                layer.weight.data.mul_(2)
+            elif change == 'numpy':
+                layer.weight.numpy()[:] *= 2
+            elif change == 'vector':
+                vector = nn.utils.parameters_to_vector([layer.weight])
+                nn.utils.vector_to_parameters(vector, [layer.weight])
+                form(x)
+                vector.mul_(2)
+            elif change.startswith('load'):
                 layer.load_state_dict({**layer.state_dict(), 'weight': 2 * layer.weight})
             else:
                 layer.weight.data = 2 * layer.weight
         found = form(x)
         for layer in (form.stages[1].blocks[0].mlp[0], form.stages[1].downsample.convs[0]):
-            layer._packed = None
+            assert layer._packed.entry is not None  # or nothing is tested
+            layer._packed.entry = None
         torch.testing.assert_close(found, form(x), rtol=0, atol=0)
+
+
+def test_weights_of_a_call_are_used_in_it():
+    model, x, name = small(), noise(1, 3, 64, 64), 'stages.1.blocks.0.mlp.0.weight'
+    form = reparameterize_model(model)
+    weight = form.get_parameter(name).clone()
+    with torch.no_grad():
+        for factor in range(1, 7):
+            found = functional_call(form, {name: factor * weight}, x)  # where the one before was, perhaps
+            form.get_parameter(name).copy_(factor * weight)
+            torch.testing.assert_close(found, form(x), rtol=1e-4, atol=1e-4)
+
+
+def test_tied_weights_stay_tied():
+    model = small()
+    model.stages[2].blocks[1].mlp.fc1.weight = model.stages[2].blocks[0].mlp.fc1.weight
+    first, second = reparameterize_model(model).double().stages[2].blocks[:2]
+    assert first.mlp[0].weight is second.mlp[0].weight
+    assert model.stages[2].blocks[0].mlp.fc1.weight.requires_grad
+
+
+@pytest.mark.parametrize('part', [100, 1 << 19])
+def test_weights_that_somebody_lets_learn_get_gradients(part, monkeypatch):
+    monkeypatch.setattr(inference, '_PART', part)
+    model, x = small(), noise(1, 3, 70, 101)
+    form = reparameterize_model(model)
+    grads = []
+    for network, name in ((model, 'stages.1.blocks.0.mlp.fc1.bias'), (form, 'stages.1.blocks.0.mlp.0.bias')):
+        p = network.get_parameter(name).requires_grad_()
+        grads.append(torch.autograd.grad(network(x).square().sum(), p)[0])
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3 * grads[0].abs().max().item())
+
+
+def parametrised(form):
+    nn.utils.parametrize.register_parametrization(form.stages[1].blocks[0].mlp[0], 'weight', nn.Identity())
+    with torch.no_grad():
+        form(noise(1, 3, 64, 64))
+    return copy.deepcopy(form)
 
 
 def pickled(form):
     return pickle.loads(pickle.dumps(form))
 
 
-@pytest.mark.parametrize('copy_of', [copy.deepcopy, pickled, reparameterize_model])
+@pytest.mark.parametrize('copy_of', [copy.deepcopy, pickled, reparameterize_model, parametrised])
 def test_copies(copy_of):
     form, x = reparameterize_model(small()), noise(1, 3, 70, 101)
     with torch.no_grad():

@@ -47,7 +47,6 @@ class GroupAttention(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.num_heads = num_heads
         self.head_dim = head_dim or dim // num_heads
-        self.scale = self.head_dim ** -0.5
         self.fused_attn = use_fused_attn()
 
         self.legacy_lookup = pos_bias == 'lucidrains'
@@ -90,7 +89,7 @@ class GroupAttention(nn.Module):
             x = attend_groups(qkv, table, self.num_heads, rows, cols)
         else:
             q, k, v, bias, mask, place = open_groups(qkv, table, self.num_heads, rows, cols)
-            attn = (q * self.scale) @ k.transpose(-2, -1) + bias + mask
+            attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias + mask
             attn = self.attn_drop(attn.softmax(dim=-1))  # B * groups, heads, N, N
             x = close_groups(attn @ v, place)
         return self.proj_drop(self.proj(x))
