@@ -29,8 +29,8 @@ for name in ('attend_groups', 'map_layout', 'group_offsets'):  # one node each t
 # for every result, at the cost of a fault each.
 _PART = 1 << 19
 
-# Numbers of a weight that tell whether somebody wrote to it.
-_LOOKED_AT = 64
+# About as many numbers of a weight tell whether somebody wrote to it. Each is far from the processor.
+_LOOKED_AT = 16
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, LayerNorm, RmsNorm)
 _RATES = (nn.Dropout, DropPath, nn.Identity)  # nothing, in evaluation
@@ -59,7 +59,7 @@ _BIAS_LAYERS = (nn.Sequential, nn.Linear, nn.LayerNorm, nn.ReLU)
 
 
 # Methods that our shortcuts stand in the place of.
-_METHODS = ('__call__', '_call_impl', 'forward', '_conv_forward', 'layouts', 'bias_table', 'attend')
+_METHODS = frozenset(('__call__', '_call_impl', 'forward', '_conv_forward', 'layouts', 'bias_table', 'attend'))
 
 
 def reparameterize(
@@ -166,16 +166,17 @@ def _is_ours(module: nn.Module, kinds: Sequence[Type[nn.Module]]) -> bool:
     weights = [*module.parameters(recurse=False), *(getattr(module, name, None) for name in ('weight', 'bias'))]
     return (
         kind in kinds and not has_hooks(module)
-        and all(_is_as_written(kind, name) for name in _METHODS)
-        and not any(callable(getattr(kind, name, None)) for name in module.__dict__)  # a method of the instance alone
+        and _is_as_written(kind)
+        and _METHODS.isdisjoint(module.__dict__)  # else the instance has one of its own
         and all(weight is None or type(weight) is nn.Parameter for weight in weights)
         and len(getattr(module, 'normalized_shape', ('channels',))) == 1)
 
 
-def _is_as_written(kind: Type[nn.Module], name: str) -> bool:
-    """Return whether a method, if the class has it, comes from the file of the class that it is inherited from."""
-    owner = next((base for base in kind.__mro__ if name in vars(base)), None)
-    return owner is None or getattr(vars(owner)[name], '__globals__', {}).get('__name__') == owner.__module__
+def _is_as_written(kind: Type[nn.Module]) -> bool:
+    """Return whether the methods of a class come from the files of it and of those that it inherits from."""
+    files = {base.__module__ for base in kind.__mro__}
+    methods = (getattr(kind, name, None) for name in _METHODS)
+    return all(method is None or getattr(method, '__globals__', {}).get('__name__') in files for method in methods)
 
 
 class _Cache:
@@ -199,6 +200,11 @@ def _frozen(p: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(p.clone(), requires_grad=False)
 
 
+def _is_constant(p: Tensor) -> bool:
+    """Return whether a weight is neither computed, nor given for one call, nor learns in this one."""
+    return type(p) is nn.Parameter and not (p.requires_grad and torch.is_grad_enabled())
+
+
 class _Packed(nn.Module):
     """A layer that does not learn; on a CPU it has its weight once more in an order of oneDNN's."""
 
@@ -211,21 +217,20 @@ class _Packed(nn.Module):
     @torch.jit.unused
     def _suits_packing(self, x: Tensor) -> bool:
         weight, bias = self.weight, self.bias
-        return is_eager_inference(x) and packing.suits(x, weight) and all(  # nothing is computed, swapped or learns
-            type(p) is nn.Parameter and not (p.requires_grad and torch.is_grad_enabled())
-            for p in (weight, bias) if p is not None)
+        return is_eager_inference(x) and packing.suits(x, weight) and _is_constant(weight) and (
+            bias is None or _is_constant(bias))
 
     def _pack(self, pack: Callable[..., Tensor], *args: Any) -> Tensor:
         """Return the weight packed, which must not be older than the weight."""
         weight = self.weight
         version = 0 if weight.is_inference() else weight._version
         state = weight.data_ptr(), version, args
-        # Written to by `data` or by NumPy, a weight keeps its version: look at some of its numbers.
-        some = weight.detach().flatten()[::max(1, weight.numel() // _LOOKED_AT)]
         entry = self._packed.entry
-        if entry is None or entry[0] is not weight or entry[1] != state or not torch.equal(entry[2], some):
-            self._packed.entry = entry = weight, state, some.clone(), pack(weight.detach(), *args)
-        return cast(Tensor, entry[3])
+        # Written to by `data` or by NumPy, a weight keeps its version: look at some of its numbers.
+        if entry is None or entry[0] is not weight or entry[1] != state or not torch.equal(entry[2], entry[3]):
+            seen = weight.detach().diagonal()[..., ::max(1, min(weight.shape[:2]) // _LOOKED_AT)]
+            self._packed.entry = entry = weight, state, seen, seen.clone(), pack(weight.detach(), *args)
+        return cast(Tensor, entry[-1])
 
     def extra_repr(self) -> str:
         """Name the shape of the weight."""
