@@ -114,7 +114,8 @@ def export_model(
         The path.
 
     Raises:
-        ValueError: Another format, or a path with another suffix; what `export_program` refuses.
+        ValueError: Another format, or a path with another suffix; a model in bfloat16 for ONNX; what `export_program`
+            refuses.
         ImportError: A package is missing.
     """
     if format not in FORMATS:
@@ -126,6 +127,10 @@ def export_model(
         raise ValueError(f'`dtype` is one of fp32, fp16, int8, got {dtype!r}.')
     if dtype != 'fp32' and (format != 'onnx' or _first_tensor(model).dtype != torch.float32):
         raise ValueError(f'`dtype` {dtype} is for ONNX files of models in fp32. Use format onnx, and `model.float()`.')
+    if format != 'torch' and _first_tensor(model).dtype == torch.bfloat16:
+        raise ValueError(
+            f'ONNX of opset {OPSET}, through which {format} files are made, has no convolution in bfloat16. Export '
+            "`model.float()`, for half precision with dtype='fp16', or format torch.")
     if (dtype == 'int8') != (calibrate is not None):
         raise ValueError("`dtype` 'int8' and `calibrate` go together: int8 needs images, and nothing else does.")
     if dtype == 'int8' and dynamic is True:
@@ -280,7 +285,7 @@ def verify_exported(
         is NaN anywhere.
     """
     run = load_exported(path)
-    parameter = next(model.parameters())
+    parameter = _first_tensor(model)
     differences = {}
     for probe in probes:
         generator = torch.Generator().manual_seed(0)

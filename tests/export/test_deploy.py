@@ -145,6 +145,24 @@ def test_files_in_the_precision_of_the_model(dtype, tmp_path):
     assert verify_exported(model, path, [(1, 40, 40)])[1, 40, 40] < 30 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize('format, suffix', [('onnx', 'onnx'), ('openvino', 'xml')])
+def test_no_file_holds_what_onnx_has_not(format, suffix, tmp_path):
+    with pytest.raises(ValueError, match=r'no convolution in bfloat16. Export `model.float\(\)`'):
+        export_model(small().bfloat16(), tmp_path / f'm.{suffix}', format, (40, 40), False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_to_be_compiled_and_one_of_buffers_alone_export():
+    model, x = small(), torch.randn(1, 3, 40, 40)
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                delattr(module, name)
+                module.register_buffer(name, p.detach())
+    program = export.export_program(torch.compile(model), (40, 40), False)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_differences_are_never_lost(monkeypatch):
     model = small(num_classes=1)
     answers = []
