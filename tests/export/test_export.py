@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from common import GROUPINGS, lively, noise, small
+from timm.models._hub import save_for_hf
 from torch._inductor.utils import run_and_get_code
 
 import timm_crossformer
@@ -64,19 +65,22 @@ print([tuple(level.shape) for level in program(torch.zeros(3, 3, 65, 200))], "ti
 @pytest.mark.parametrize('format, suffix', [('torch', 'pt2'), ('onnx', 'onnx'), ('openvino', 'xml')])
 def test_the_command_exports_a_pyramid_for_all_sizes_without_a_warning(format, suffix, tmp_path):
     pytest.importorskip(format)
+    weights, folder = tmp_path / 'weights', tmp_path / 'files'
+    folder.mkdir()
+    save_for_hf(lively(timm.create_model('test_crossformer', depths=(2, 1, 1, 1))), weights, safe_serialization=True)
     result = subprocess.run([
         sys.executable, '-W', 'error', '-m', 'timm_crossformer', 'export', f'model.{suffix}',
-        '--model', 'test_crossformer', '--features', '--pretrained', '--format', format, '--dynamic', '--verify',
+        '--model', f'local-dir:{weights}', '--features', '--pretrained', '--format', format, '--dynamic', '--verify',
         '--json',
-    ], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    ], cwd=folder, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert 'Warning' not in result.stderr and 'Exception ignored' not in result.stderr
     verified = json.loads(result.stdout)['verified']
     assert (191, 70) in {(probe['height'], probe['width']) for probe in verified}
     assert max(probe['difference'] for probe in verified) < 1e-4
-    path = tmp_path / f'model.{suffix}'
+    path = folder / f'model.{suffix}'
     others = [f'{path.name}.json', *(['model.bin'] if suffix == 'xml' else [])]
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, *others}
+    assert {p.name for p in folder.iterdir()} == {path.name, *others}
     if format == 'onnx':
         assert str(Path(timm_crossformer.__file__).parent).encode() not in path.read_bytes()
     if format == 'torch':
