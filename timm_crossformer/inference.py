@@ -79,7 +79,8 @@ def reparameterize(
         device: Where to move the copy.
 
     Raises:
-        ValueError: Nothing in the model is a CrossFormer, or the image size is none.
+        ValueError: Nothing in the model is a CrossFormer. The image size is none, or the model does not take an image
+            of it alone.
     """
     size = resolve_img_size(img_size)
     fast = reparameterize_model(as_written(model))
