@@ -127,13 +127,11 @@ def map_sizes(fast: nn.Module, image: Tensor) -> Dict['InferenceBlock', Set[Tupl
 
 def inference_form(block: nn.Module) -> nn.Module:
     """Return the inference form of a block, or the block itself if it is not what the package made of it."""
-    layers = {name: layer for name, layer in block.named_modules() if name.partition('.')[0] != 'cooling'}
-    known = set(_LAYERS) <= set(layers) and all(
-        _is_ours(layer, _LAYERS.get(name, _BIAS_LAYERS if name.startswith('attn.pos_bias.') else ()))
-        for name, layer in layers.items())
+    known = _is_made_of(block, _LAYERS, ('cooling.', 'attn.pos_bias.mlp.')) and all(
+        _is_ours(layer, _BIAS_LAYERS) for layer in block.get_submodule('attn.pos_bias.mlp').modules())
     # A rate that is on in evaluation is meant to be on: uncertainty by dropout.
     known = known and not any(
-        layer.training and not block.training for layer in layers.values() if isinstance(layer, (nn.Dropout, DropPath)))
+        layer.training and not block.training for layer in block.modules() if isinstance(layer, (nn.Dropout, DropPath)))
     return InferenceBlock(cast(CrossFormerBlock, block)) if known else block
 
 
@@ -159,6 +157,13 @@ def _is_simple(conv: nn.Conv2d) -> bool:
     return not isinstance(conv.padding, str) and (
         conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == 'zeros') and all(
         a == b for a, b in (conv.kernel_size, conv.stride, conv.padding))
+
+
+def _is_made_of(
+        block: nn.Module, layers: Mapping[str, Sequence[Type[nn.Module]]], others: Tuple[str, ...]) -> bool:
+    """Return whether a block has these very layers, each ours of one of these classes, beside others by their names."""
+    found = {name: layer for name, layer in block.named_modules() if not f'{name}.'.startswith(others)}
+    return set(found) == set(layers) and all(_is_ours(layer, layers[name]) for name, layer in found.items())
 
 
 def _is_ours(module: nn.Module, kinds: Sequence[Type[nn.Module]]) -> bool:
@@ -399,11 +404,7 @@ class InferenceBlock(nn.Module):
     @torch.jit.unused
     def is_as_made(self) -> bool:
         """Return whether nothing of the block was replaced since, and nobody watches its layers."""
-        layers = {  # but those that are called as they are
-            name: layer for name, layer in self.named_modules()
-            if name.partition('.')[0] != 'cooling' and not name.startswith('attn.position')}
-        return set(layers) == set(_FORM_LAYERS) and all(
-            _is_ours(layer, _FORM_LAYERS[name]) for name, layer in layers.items())
+        return _is_made_of(self, _FORM_LAYERS, ('cooling.', 'attn.position.'))
 
     @torch.jit.unused
     def _in_parts(self, x: Tensor) -> Tensor:
